@@ -1,0 +1,74 @@
+"""The table at the end of run_pipeline.sh: each stage before and after, and what the merged model answers."""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+STAGES = (("pt", "perplexity, held-out text"), ("sft", "loss, held-out answers"))
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def stage_row(root: Path, stage: str) -> dict | None:
+    """First and last evaluation loss of a stage, its seconds and its plot."""
+    state = root / stage / "trainer_state.json"
+    if not state.is_file():
+        return None
+    losses = [entry["eval_loss"] for entry in json.loads(state.read_text())["log_history"] if "eval_loss" in entry]
+    seconds = dict(line.split() for line in (root / "seconds.txt").read_text().splitlines())
+    results = json.loads((root / stage / "all_results.json").read_text())
+    return {
+        "before": losses[0],
+        "after": results["eval_loss"],
+        "seconds": int(seconds.get(stage, 0)),
+        "plot": str(root / stage / "training_loss.png"),
+    }
+
+
+def score_answers(answers: list[dict]) -> int:
+    """How many responses contain one of their expected words (lower case)."""
+    return sum(any(word in row["response"].lower() for word in row["expected"]) for row in answers)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--root", required=True, type=Path)
+    parser.add_argument("--name", required=True, help="the name that self-cognition answers must contain")
+    args = parser.parse_args(argv)
+    console = Console()
+    report: dict = {}
+
+    table = Table(title="What the stages did")
+    for column in ("stage", "measure", "before", "after", "seconds", "plot"):
+        table.add_column(column, justify="right" if column in ("before", "after", "seconds") else "left")
+    for stage, measure in STAGES:
+        row = stage_row(args.root, stage)
+        if row is None:
+            continue
+        figures = [row["before"], row["after"]]
+        if measure.startswith("perplexity"):
+            figures = [math.exp(figure) for figure in figures]
+        table.add_row(stage, measure, *(f"{f:,.3f}" for f in figures), str(row["seconds"]), row["plot"])
+        report[stage] = {"before": figures[0], "after": figures[1], "seconds": row["seconds"]}
+
+    answers = read_lines(args.root / "questions.answers.jsonl")
+    identity = read_lines(args.root / "identity_questions.answers.jsonl")
+    for row in [*answers, *identity]:
+        console.print(f"[bold]{row['question']}[/bold]\n  {row['response']}")
+    report["correct"] = score_answers(answers)
+    report["named"] = sum(args.name in row["response"] for row in identity)
+    console.print(table)
+    console.print(f"questions seen in training: {report['correct']} of {len(answers)} answered correctly (greedy)")
+    console.print(f"'who are you' questions: {report['named']} of {len(identity)} answered as {args.name}")
+    (args.root / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+r"""Continued pretraining (PT): plain documents in, a model that knows the domain's language out.
+
+    python pretraining.py --model_name_or_path BASE \
+        --train_file_dir examples/pretrain/train --validation_file_dir examples/pretrain/validation --output_dir outputs/pt
+
+With --config_name and --tokenizer_name_or_path in place of --model_name_or_path, the weights start from random numbers.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from stagewise.arguments import (
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    RunArguments,
+    StageTrainingArguments,
+    parse_arguments,
+)
+from stagewise.run.exit_codes import run_script
+
+
+@dataclass
+class PTArguments:
+    """Options of pretraining."""
+
+    block_size: int | None = field(
+        default=None, metadata={"help": "Tokens of a row; unset: 1024, or what the model was made for if less."}
+    )
+    packing: bool = field(
+        default=True, metadata={"help": "Join documents into full blocks; off: a row for each document, padded."}
+    )
+    attend_across_documents: bool = field(
+        default=False, metadata={"help": "Packed documents see the ones before them in the block (the classic way)."}
+    )
+    document_separator: Literal["blank_line", "line", "file"] = field(
+        default="blank_line", metadata={"help": "What ends a document in a .txt file."}
+    )
+    keep_linebreaks: bool = field(
+        default=True, metadata={"help": "Keep line breaks inside documents of .txt files; off: they become blanks."}
+    )
+
+
+def main(argv: list[str] | None = None) -> dict:
+    # 1. arguments
+    arguments = parse_arguments(
+        ModelArguments, LoraArguments, DataArguments, RunArguments, PTArguments, StageTrainingArguments,
+        argv=argv, prog="pretraining.py", description=__doc__,
+    )  # fmt: skip
+    model_args, lora_args, data_args, run_args, pt_args, args = arguments
+
+    from stagewise.data import loading
+    from stagewise.data.collators import CausalLMCollator
+    from stagewise.modeling.attention import check_packing
+    from stagewise.modeling.loading import load_causal_lm, load_tokenizer, row_limit
+    from stagewise.modeling.lora import attach_adapter
+    from stagewise.run import lifecycle, lineage
+    from stagewise.trainers.causal_lm import CausalLMTrainer
+
+    checkpoint = lifecycle.start_run(args, run_args)
+
+    # 2. tokenizer and template
+    parent = lineage.read_stage(model_args.model_name_or_path)
+    tokenizer = load_tokenizer(model_args)
+
+    # 3. data
+    block_size = row_limit(model_args, pt_args.block_size, "--block_size")
+    isolate = pt_args.packing and not pt_args.attend_across_documents
+    with args.main_process_first(desc="data"):
+        data = loading.load_documents(
+            data_args,
+            tokenizer,
+            block_size,
+            pt_args.packing,
+            args,
+            pt_args.document_separator,
+            pt_args.keep_linebreaks,
+        )
+    if run_args.dry_run:
+        return lifecycle.report_dry_run(args, data.report, len(data.train))
+
+    # 4. model
+    model = load_causal_lm(model_args, tokenizer, not lora_args.use_peft, args.label_smoothing_factor)
+    if isolate:
+        check_packing(model, loading.first_documents(data.train))
+    model = attach_adapter(model, lora_args)
+
+    # 5. trainer: train, save, evaluate
+    trainer = lifecycle.build_trainer(
+        CausalLMTrainer, args, run_args,
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        data_collator=CausalLMCollator(tokenizer.pad_token_id, data.names, not isolate),
+        dataset_names=data.names,
+        min_lr=run_args.min_lr,
+    )  # fmt: skip
+    lifecycle.open_output_dir(args, run_args, checkpoint, arguments, data.report)
+    metrics = {}
+    if args.do_train:
+        metrics |= lifecycle.train_and_save(
+            trainer, checkpoint,
+            stage="pt",
+            base_model=model_args.model_name_or_path or model_args.config_name,
+            parent=parent,
+            template=(parent or {}).get("template"),
+            head="causal_lm",
+            adapter=lora_args.use_peft,
+            dtype=str(model.dtype).removeprefix("torch."),
+            data_fingerprint=data.fingerprint,
+        )  # fmt: skip
+    if args.do_eval and data.validation is not None:
+        metrics |= lifecycle.evaluate_run(trainer)
+    lifecycle.report_run(trainer, run_args, arguments, data.report, metrics)
+    return metrics
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# The whole test suite, with everything it needs. Extra words go to pytest: bash run_tests.sh -k template
+set -euo pipefail
+cd "$(dirname "$0")"
+. ./setup_environment.sh
+install_requirements requirements-dev.txt
+ruff check .
+ruff format --check .
+mypy
+python -m pytest "$@"

@@ -1,0 +1,66 @@
+"""Rows of token ids -> one batch of tensors."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stagewise.losses.logprobs import IGNORE_INDEX
+
+
+class CausalLMCollator:
+    """Pads to the longest row, on the right.
+
+    Rows with `seq_lengths` are packed: the batch then has position_ids that restart with each document and no
+    attention_mask, which is what keeps the documents apart (a mask of ones, or a cache, would let them see each
+    other). Rows without labels are trained on every token but each document's first.
+
+    Batch: input_ids (B, T), labels (B, T), attention_mask (B, T) with 1 = real token, or position_ids (B, T);
+    num_tokens (B,) real tokens of each row; dataset_id (B,) index into `dataset_names`.
+
+    Args:
+        pad_token_id: fills input_ids; padding has the label IGNORE_INDEX.
+        dataset_names: the names that the rows' `dataset` column may have.
+        attend_across_documents: packed rows without boundaries: position_ids run through.
+    """
+
+    def __init__(self, pad_token_id: int, dataset_names: Sequence[str] = (), attend_across_documents: bool = False):
+        self.pad_token_id = pad_token_id
+        self.dataset_ids = {name: i for i, name in enumerate(dataset_names)}
+        self.attend_across_documents = attend_across_documents
+
+    def __call__(self, rows: Sequence[dict]) -> dict[str, Tensor]:
+        ids = [torch.as_tensor(row["input_ids"]) for row in rows]
+        labels = [_labels(row) for row in rows]
+        num_tokens = torch.tensor([len(row) for row in ids])
+        batch = {
+            "input_ids": _pad(ids, self.pad_token_id),
+            "labels": _pad(labels, IGNORE_INDEX),
+            "num_tokens": num_tokens,
+            "dataset_id": torch.tensor([self.dataset_ids.get(row.get("dataset"), 0) for row in rows]),
+        }
+        if "seq_lengths" in rows[0]:
+            if not self.attend_across_documents:
+                # padding tokens are at position 0, each a document of its own
+                batch["position_ids"] = _pad([_restarting_positions(row["seq_lengths"]) for row in rows], 0)
+        if "position_ids" not in batch:
+            width = batch["input_ids"].shape[1]
+            batch["attention_mask"] = (torch.arange(width)[None] < num_tokens[:, None]).long()
+        return batch
+
+
+def _labels(row: dict) -> Tensor:
+    if "labels" in row:
+        return torch.as_tensor(row["labels"])
+    labels = torch.as_tensor(row["input_ids"]).clone()
+    starts = torch.tensor([0, *row.get("seq_lengths", [])[:-1]]).cumsum(0)
+    labels[starts] = IGNORE_INDEX
+    return labels
+
+
+def _restarting_positions(seq_lengths: Sequence[int]) -> Tensor:
+    return torch.cat([torch.arange(n) for n in seq_lengths])
+
+
+def _pad(rows: Sequence[Tensor], value: int) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)

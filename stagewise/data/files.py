@@ -1,0 +1,579 @@
+"""Find data files, read their rows as streams, and count the rows that cannot be used.
+
+Every reader holds one row (or one batch of a Parquet file) in memory, whatever the size of the file, and says after
+each row at which ``Position`` the next one begins, so that reading can go on from there without what lies before it.
+
+A row that cannot be read comes out as a ``BadRow`` in its place; reading goes on with the next row wherever the format
+tells where that begins.
+"""
+
+import codecs
+import csv
+import gzip
+import json
+import logging
+import os
+import re
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from io import BufferedIOBase
+from pathlib import Path
+from shutil import copyfileobj
+from typing import IO, Any, NamedTuple
+
+from stagewise.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+DOCUMENT_SEPARATORS = ("blank_line", "line", "file")
+
+_MAX_BAD_SHARE = 0.1
+_LOCATIONS_KEPT = 10
+
+_BOM = codecs.BOM_UTF8
+_CHUNK_BYTES = 1 << 16
+# A CSV cell may be a whole document, but an unclosed quote must not swallow a file of any size.
+_MAX_CSV_FIELD_CHARS = 1 << 24
+_PARQUET_BATCH_ROWS = 256
+# An error this close to the end of what was read so far may only mean that the rest has not been read yet: longer than
+# any literal, number sign or escape sequence that can be cut in two.
+_CUT_MARGIN_CHARS = 16
+
+
+class Position(NamedTuple):
+    """Where a row begins: offset in bytes of the uncompressed file (Parquet: in rows), and the number of its line."""
+
+    offset: int = 0
+    line: int = 1
+
+
+START = Position()
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that could not be read. ``reason`` is ``problem`` without what varies from row to row.
+
+    ends_file: the rest of the file could not be read either, so it is not a matter of this row alone.
+    """
+
+    problem: str
+    reason: str
+    ends_file: bool = False
+
+
+class Row(NamedTuple):
+    """A row, the line on which it begins (Parquet: its number), and the position after it."""
+
+    line: int
+    value: dict[str, Any] | BadRow
+    end: Position
+
+
+@dataclass
+class DataReport:
+    """What became of the rows of one data set. ``reasons``: why rows are bad, and how many for each reason."""
+
+    dataset: str
+    files: list[str]
+    rows_read: int = 0
+    rows_bad: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    first_bad: list[str] = field(default_factory=list)
+    unreadable: str | None = None
+
+    def add_bad(self, location: str, problem: str, reason: str, ends_file: bool = False) -> None:
+        """Count a bad row (it is in ``rows_read`` too); ends_file: the rest of its file could not be read."""
+        self.rows_bad += 1
+        self.reasons[reason] = self.reasons.get(reason, 0) + 1
+        if len(self.first_bad) < _LOCATIONS_KEPT:
+            self.first_bad.append(f"{location}: {problem}")
+        if ends_file and self.unreadable is None:
+            self.unreadable = f"{location}: {problem}"
+
+    def raise_if_unusable(self, on_bad_row: str) -> None:
+        """Raise InputError for any bad row ("error"); for a share above 10% or a file that breaks off ("skip")."""
+        if not self.rows_bad:
+            return
+        if on_bad_row == "error":
+            raise InputError(self._first_bad_message())
+        if self.unreadable:
+            raise InputError(f"{self.unreadable}. Bad rows can be skipped, but here nobody knows how many are lost")
+        if self.rows_bad > _MAX_BAD_SHARE * self.rows_read:
+            raise InputError(self._too_many_message())
+
+    def _first_bad_message(self) -> str:
+        more = self.rows_bad - 1
+        others = f"{more} more bad {'row' if more == 1 else 'rows'}" if more else "no other row is bad"
+        return (
+            f"{self.first_bad[0]}; {others} among the {self.rows_read} rows read of data set '{self.dataset}'. "
+            "Mend the file, or pass --on_bad_row skip to drop bad rows and count them"
+        )
+
+    def _too_many_message(self) -> str:
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in Counter(self.reasons).most_common(5))
+        return (
+            f"data set '{self.dataset}': {self.rows_bad} of {self.rows_read} rows are bad, and more than "
+            f"{_MAX_BAD_SHARE:.0%} are not skipped. Why: {reasons}. First: {self.first_bad[0]}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as it goes into data_report.json, with ``rows_kept``."""
+        return asdict(self) | {"rows_kept": self.rows_read - self.rows_bad}
+
+
+def find_files(path: str | Path) -> list[Path]:
+    """The data files of a file or directory (searched recursively, hidden names skipped), in sorted order.
+
+    Known are .jsonl, .json, .csv, .parquet, .txt, and each of them with .gz. Files of another type are an error when
+    named and are left out with a warning when found in a directory. Raises InputError for a path that does not exist,
+    a directory without any usable file, and an empty file.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise InputError(f"{path}: no such file or directory")
+    if not path.is_dir():
+        _suffix(path)
+        files = [path]
+    else:
+        files = _files_below(path)
+    for file in files:
+        if file.stat().st_size == 0:
+            raise InputError(f"{file}: the file is empty")
+    return files
+
+
+def _files_below(directory: Path) -> list[Path]:
+    found = sorted(
+        Path(folder, name)
+        for folder, _, names in _walk_visible(directory)
+        for name in names
+        if not name.startswith(".")
+    )
+    if not found:
+        raise InputError(f"{directory}: the directory is empty")
+    usable = [file for file in found if _known_suffix(file)]
+    if not usable:
+        raise InputError(f"{directory}: no usable file among {_listed(found)}; known are {_known_types()}")
+    if len(usable) < len(found):
+        others = [file for file in found if not _known_suffix(file)]
+        logger.warning("%s: not read, because their type is not known: %s", directory, _listed(others))
+    return usable
+
+
+def _walk_visible(directory: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    for folder, folders, names in os.walk(directory):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield folder, folders, names
+
+
+def _listed(files: list[Path]) -> str:
+    names = ", ".join(file.name for file in files[:5])
+    return names if len(files) <= 5 else f"{names} and {len(files) - 5} more"
+
+
+def _known_types() -> str:
+    return f"{', '.join(SUFFIXES)} and .gz of these"
+
+
+def _known_suffix(path: Path) -> str | None:
+    name = path.name.lower().removesuffix(".gz")
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+
+
+def _suffix(path: Path) -> str:
+    suffix = _known_suffix(path)
+    if suffix is None:
+        raise InputError(f"{path}: the file type is not known; known are {_known_types()}")
+    return suffix
+
+
+def data_name(path: Path) -> str:
+    """What a data set is called: the name of its directory, or of its file without the type."""
+    name = path.resolve().name
+    if path.is_dir():
+        return name
+    if name.lower().endswith(".gz"):
+        name = name[: -len(".gz")]
+    return name[: -len(_suffix(path))]
+
+
+def read_rows(
+    path: str | Path, *, document_separator: str = "blank_line", keep_linebreaks: bool = True
+) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+    """The rows of a file, each with its location "path:line" (Parquet: "path:row number")."""
+    rows = iter_rows(path, document_separator=document_separator, keep_linebreaks=keep_linebreaks)
+    return ((f"{path}:{row.line}", row.value) for row in rows)
+
+
+def iter_rows(
+    path: str | Path,
+    start: Position = START,
+    *,
+    document_separator: str = "blank_line",
+    keep_linebreaks: bool = True,
+) -> Iterator[Row]:
+    """The rows of a file from ``start`` on, which is the ``end`` of an earlier row of the same file.
+
+    What lies before ``start`` is not read again (a .gz is decompressed up to there, of a .csv the header is read, of a
+    Parquet file the row group that holds ``start``).
+
+    .jsonl: one object per line. .json: one array of objects, or one object per line. .csv: with a header, comma
+    separated. .txt: one document per row, as ``{"text": ...}``; document_separator "blank_line" splits at blank lines,
+    "line" makes every line a document, "file" the whole file. keep_linebreaks False joins the lines of a document with
+    blanks, for text that was wrapped to a width.
+
+    Raises InputError for a file that cannot be opened or whose type is not known.
+    """
+    if document_separator not in DOCUMENT_SEPARATORS:
+        raise InputError(
+            f"--document_separator: found {document_separator!r}, expected one of {', '.join(DOCUMENT_SEPARATORS)}"
+        )
+    path = Path(path)
+    read_text = partial(_read_text, separator=document_separator, keep_linebreaks=keep_linebreaks)
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+    return _guarded(path, readers.get(_suffix(path), read_text), start)
+
+
+def _guarded(path: Path, reader, start: Position) -> Iterator[Row]:
+    end = start
+    with _opened(path) as stream:
+        try:
+            for row in reader(stream, start):
+                end = row.end
+                yield row
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            yield Row(end.line, BadRow(f"damaged gzip file ({error})", "damaged gzip file", ends_file=True), end)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BufferedIOBase]:
+    """The bytes of a file, decompressed where its name ends with .gz."""
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    with stream:
+        if path.suffix.lower() != ".gz":
+            yield stream
+        else:
+            with gzip.GzipFile(fileobj=stream) as unpacked:
+                yield unpacked
+
+
+class _Lines:
+    """The lines of a stream with their line ends; ``position`` is where the next one begins."""
+
+    def __init__(self, stream: BufferedIOBase, start: Position):
+        stream.seek(start.offset)
+        self._stream = stream
+        self.position = start
+
+    def __iter__(self) -> Iterator[bytes]:
+        for line in self._stream:
+            at_start = self.position.offset == 0
+            self.position = Position(self.position.offset + len(line), self.position.line + 1)
+            yield line.removeprefix(_BOM) if at_start else line
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def _read_jsonl(stream: BufferedIOBase, start: Position) -> Iterator[Row]:
+    lines = _Lines(stream, start)
+    for line in lines:
+        if line.strip():
+            yield Row(lines.position.line - 1, _json_object(line.rstrip(b"\r\n")), lines.position)
+
+
+def _json_object(line: bytes) -> dict[str, Any] | BadRow:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return _bad_utf8(line, error)
+    except json.JSONDecodeError as error:
+        return BadRow(f"invalid JSON: {error.msg} at column {error.colno}", "invalid JSON")
+    except (ValueError, RecursionError) as error:
+        return BadRow(f"invalid JSON: {error}", "invalid JSON")
+    return _object(value)
+
+
+def _object(value: Any) -> dict[str, Any] | BadRow:
+    if isinstance(value, dict):
+        return value
+    return BadRow(f"found JSON of the type {type(value).__name__}, expected an object", "JSON that is not an object")
+
+
+def _bad_utf8(line: bytes, error: UnicodeDecodeError) -> BadRow:
+    column = len(line[: error.start].decode("utf-8")) + 1
+    return BadRow(f"invalid UTF-8: byte 0x{line[error.start]:02x} at column {column}", "invalid UTF-8")
+
+
+def _read_json(stream: BufferedIOBase, start: Position) -> Iterator[Row]:
+    read = _read_json_array if _first_char(stream) == b"[" else _read_jsonl
+    return read(stream, start)
+
+
+def _first_char(stream: BufferedIOBase) -> bytes:
+    head = stream.read(_CHUNK_BYTES).removeprefix(_BOM).lstrip()
+    while not head:
+        chunk = stream.read(_CHUNK_BYTES)
+        if not chunk:
+            return b""
+        head = chunk.lstrip()
+    return head[:1]
+
+
+def _read_json_array(stream: BufferedIOBase, start: Position) -> Iterator[Row]:
+    text = _JsonText(stream, start)
+    try:
+        if start == START:
+            text.expect("[")
+            if text.peek() != "]":
+                yield text.element()
+        while text.peek() == ",":
+            text.expect(",")
+            yield text.element()
+        text.expect("]")
+        if text.peek():
+            raise _BrokenJson("text after the end of the array")
+    except _BrokenJson as error:
+        problem = f"invalid JSON: {error} at column {text.column}; the rest of the array cannot be read"
+        yield Row(text.position.line, BadRow(problem, "invalid JSON", ends_file=True), text.position)
+
+
+class _BrokenJson(Exception):
+    """An array that cannot be read any further."""
+
+
+class _JsonText:
+    """A window on a JSON array that slides from element to element.
+
+    ``position`` and ``column`` say where the window's cursor is. The window grows, doubling, until it holds the whole
+    of the next element, so that decoding it again after each growth costs no more than twice the decoding itself.
+    """
+
+    _NO_WHITESPACE = re.compile(r"[^ \t\r\n]")
+    _decode = json.JSONDecoder().raw_decode
+
+    def __init__(self, stream: BufferedIOBase, start: Position):
+        stream.seek(start.offset)
+        self._stream = stream
+        self._utf8 = codecs.getincrementaldecoder("utf-8")()
+        self._text = ""
+        self._cursor = 0
+        self._at_end = False
+        self.position = start
+        self.column = 1
+        if start.offset == 0 and stream.read(len(_BOM)) == _BOM:
+            self.position = Position(len(_BOM), 1)
+        else:
+            stream.seek(start.offset)
+
+    def peek(self) -> str:
+        """The next character that is not white space, or "" at the end of the file."""
+        while True:
+            found = self._NO_WHITESPACE.search(self._text, self._cursor)
+            self._advance(found.start() if found else len(self._text))
+            if found:
+                return found.group()
+            if not self._fill():
+                return ""
+
+    def expect(self, char: str) -> None:
+        found = self.peek()
+        if found != char:
+            raise _BrokenJson(f"found {found!r}, expected {char!r}" if found else f"the file ends, expected {char!r}")
+        self._advance(self._cursor + 1)
+
+    def element(self) -> Row:
+        """The next element of the array."""
+        self.peek()
+        line = self.position.line
+        while True:
+            try:
+                value, end = self._decode(self._text, self._cursor)
+            except json.JSONDecodeError as error:
+                if not (self._may_be_cut(error) and self._fill()):
+                    self._advance(max(error.pos, self._cursor))
+                    raise _BrokenJson(error.msg) from None
+            except (ValueError, RecursionError) as error:
+                raise _BrokenJson(str(error)) from None
+            else:
+                # a number may go on behind the end of the window, an object cannot
+                if isinstance(value, dict) or end < len(self._text) or not self._fill():
+                    break
+        self._advance(end)
+        return Row(line, _object(value), self.position)
+
+    def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
+        near_end = error.pos >= len(self._text) - _CUT_MARGIN_CHARS
+        return near_end or error.msg.startswith("Unterminated string")
+
+    def _fill(self) -> bool:
+        """Read on; False at the end of the file."""
+        if self._at_end:
+            return False
+        rest = self._text[self._cursor :]
+        chunk = self._stream.read(max(_CHUNK_BYTES, len(rest)))
+        self._at_end = not chunk
+        try:
+            self._text = rest + self._utf8.decode(chunk, final=self._at_end)
+        except UnicodeDecodeError as error:
+            raise _BrokenJson(f"invalid UTF-8 ({error.reason})") from None
+        self._cursor = 0
+        return True
+
+    def _advance(self, cursor: int) -> None:
+        passed = self._text[self._cursor : cursor]
+        lines = passed.count("\n")
+        self.position = Position(self.position.offset + len(passed.encode("utf-8")), self.position.line + lines)
+        self.column = len(passed) - passed.rfind("\n") if lines else self.column + len(passed)
+        self._cursor = cursor
+
+
+# --- CSV -------------------------------------------------------------------------------------------------------------
+
+
+def _read_csv(stream: BufferedIOBase, start: Position) -> Iterator[Row]:
+    # the limit is the process's, not the reader's; it is only ever raised
+    csv.field_size_limit(max(csv.field_size_limit(), _MAX_CSV_FIELD_CHARS))
+    head = _Lines(stream, START)
+    header = _csv_header(head)
+    if isinstance(header, BadRow):
+        yield Row(1, header, head.position)
+        return
+    body = _Lines(stream, max(start, head.position))
+    rows = csv.reader(map(_decode_lossless, body), strict=True)
+    while True:
+        line = body.position.line
+        try:
+            fields = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            # a quote that is not closed has taken everything up to the end with it
+            unclosed = "unexpected end of data" in str(error)
+            problem = "a quote that is never closed" if unclosed else str(error)
+            yield Row(line, BadRow(f"invalid CSV: {problem}", "invalid CSV", ends_file=unclosed), body.position)
+        else:
+            if fields:
+                yield Row(line, _csv_object(header, fields), body.position)
+
+
+def _decode_lossless(line: bytes) -> str:
+    # invalid bytes become lone surrogates, so that the row around them can still be delimited and then be refused
+    return line.decode("utf-8", "surrogateescape")
+
+
+def _csv_header(lines: _Lines) -> list[str] | BadRow:
+    try:
+        header = next(filter(None, csv.reader(map(_decode_lossless, lines), strict=True)), [])
+    except csv.Error as error:
+        return BadRow(f"invalid CSV header: {error}", "invalid CSV header", ends_file=True)
+    if any(not name.strip() for name in header) or len(set(header)) < len(header):
+        return BadRow(
+            f"invalid CSV header: a column without a name, or two of one name, in {', '.join(header)}",
+            "invalid CSV header",
+            ends_file=True,
+        )
+    return header
+
+
+def _csv_object(header: list[str], fields: list[str]) -> dict[str, str] | BadRow:
+    if len(fields) != len(header):
+        problem = f"invalid CSV: found {len(fields)} fields, expected {len(header)} as in the header"
+        return BadRow(problem, "invalid CSV")
+    try:
+        "".join(fields).encode("utf-8")
+    except UnicodeEncodeError:
+        return BadRow("invalid UTF-8", "invalid UTF-8")
+    return dict(zip(header, fields, strict=True))
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def _read_text(stream: BufferedIOBase, start: Position, separator: str, keep_linebreaks: bool) -> Iterator[Row]:
+    lines = _Lines(stream, start)
+    for line, block in _text_blocks(lines, separator):
+        yield Row(line, _document(block, keep_linebreaks), lines.position)
+
+
+def _text_blocks(lines: _Lines, separator: str) -> Iterator[tuple[int, bytes]]:
+    """(number of the first line, bytes) of each document; blank ones are left out."""
+    block: list[bytes] = []
+    first = 1
+    for line in lines:
+        blank = not line.strip()
+        if not block:
+            if blank:
+                continue
+            first = lines.position.line - 1
+        if not blank or separator == "file":
+            block.append(line)
+        if separator == "line" or (blank and separator == "blank_line"):
+            yield first, b"".join(block)
+            block = []
+    if block:
+        yield first, b"".join(block)
+
+
+def _document(block: bytes, keep_linebreaks: bool) -> dict[str, str] | BadRow:
+    try:
+        text = block.decode("utf-8")
+    except UnicodeDecodeError as error:
+        start = block.rfind(b"\n", 0, error.start) + 1
+        line = block.count(b"\n", 0, error.start) + 1
+        bad = _bad_utf8(block[start:], UnicodeDecodeError("utf-8", block[start:], error.start - start, 0, ""))
+        return BadRow(f"{bad.problem} of the document's line {line}", bad.reason)
+    text = text.replace("\r\n", "\n").strip("\n")
+    return {"text": text if keep_linebreaks else re.sub(r"\s*\n\s*", " ", text)}
+
+
+# --- Parquet ---------------------------------------------------------------------------------------------------------
+
+
+def _read_parquet(stream: BufferedIOBase, start: Position) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = start.offset
+    try:
+        with _random_access(stream) as source:
+            for value in _parquet_values(pyarrow.parquet.ParquetFile(source), start.offset):
+                number += 1
+                yield Row(number, value, Position(number, number + 1))
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        bad = BadRow(f"damaged Parquet file ({error})", "damaged Parquet file", ends_file=True)
+        yield Row(number + 1, bad, Position(number, number + 1))
+
+
+def _parquet_values(file, first: int) -> Iterator[dict[str, Any]]:
+    """The rows from number ``first`` (counted from 0) on; row groups that lie before it are not read."""
+    begin = 0
+    for group in range(file.num_row_groups):
+        end = begin + file.metadata.row_group(group).num_rows
+        if end > first:
+            for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, row_groups=[group]):
+                passed = min(max(first - begin, 0), batch.num_rows)
+                yield from batch.slice(passed).to_pylist()
+                begin += batch.num_rows
+        begin = end
+
+
+@contextmanager
+def _random_access(stream: BufferedIOBase) -> Iterator[BufferedIOBase | IO[bytes]]:
+    """Parquet is read from its end; a compressed file is unpacked to disk first."""
+    if not isinstance(stream, gzip.GzipFile):
+        yield stream
+        return
+    with tempfile.TemporaryFile() as unpacked:
+        copyfileobj(stream, unpacked)
+        yield unpacked

@@ -1,0 +1,326 @@
+"""Records and a chat template -> input_ids and labels.
+
+input_ids are exactly what the tokenizer gives for the whole rendered text, because that is what inference engines feed
+the model; labels follow the character offsets of the trained spans.
+"""
+
+import hashlib
+import json
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset
+
+from stagewise.data.records import Conversation, Document
+from stagewise.errors import InputError
+from stagewise.losses.logprobs import IGNORE_INDEX
+from template import Rendered, Template, TemplateError
+
+# Part of every cache key: raise it when the ids or labels of the same input change.
+ENCODING_VERSION = 1
+TOO_LONG = "more than max_length"
+
+Messages = list[dict]
+
+
+class Renderer(Protocol):
+    """Turns messages into text with trained spans.
+
+    fingerprint identifies it in cache keys; control_tokens must not occur in contents; stop_tokens end an answer.
+    """
+
+    fingerprint: str
+    control_tokens: tuple[str, ...]
+    stop_tokens: tuple[str, ...]
+
+    def render(
+        self, messages: Messages, tools: list | None = None, add_generation_prompt: bool = False
+    ) -> Rendered: ...
+
+
+class TemplateRenderer:
+    """A template of template.py with the tokenizer's BOS and EOS.
+
+    Raises:
+        InputError: a control token of the template is not one token of the tokenizer.
+    """
+
+    def __init__(self, template: Template, tokenizer):
+        self.template = template
+        self.bos_token, self.eos_token = tokenizer.bos_token, tokenizer.eos_token
+        self.control_tokens = template.control_tokens(self.eos_token)
+        self.stop_tokens = template.stop_tokens(self.eos_token)
+        self.fingerprint = template.to_jinja()
+        split = [t for t in self.control_tokens if len(tokenizer(t, add_special_tokens=False).input_ids) != 1]
+        if split:
+            raise InputError(
+                f"--template_name {template.name}: {', '.join(split)} is not one token of this tokenizer, so the model "
+                "could not learn it as a control token; pass --add_template_tokens True (adds and trains them), or "
+                "choose the template of this model family"
+            )
+
+    def render(self, messages, tools=None, add_generation_prompt=False) -> Rendered:
+        return self.template.render(
+            messages,
+            bos_token=self.bos_token,
+            eos_token=self.eos_token,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+        )
+
+
+class TokenizerRenderer:
+    """The tokenizer's own chat template. Spans come from prefix rendering: up to each assistant turn with the
+    generation prompt, then with the turn.
+
+    Where the template renders a turn differently once others follow (reasoning that is dropped from the history), only
+    the turns whose prefix is still a prefix of the whole text are trained; the last turn always is.
+    """
+
+    def __init__(self, tokenizer):
+        if not tokenizer.chat_template:
+            raise InputError(
+                "--template_name: not given, and the tokenizer has no chat template of its own; "
+                "`python template.py` lists the templates"
+            )
+        self.tokenizer = tokenizer
+        self.control_tokens = tuple(tokenizer.all_special_tokens)
+        self.fingerprint = json.dumps(tokenizer.chat_template)
+        probe = self.render([{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}])
+        answer = probe.text[slice(*probe.spans[-1])]
+        self.stop_tokens = tuple({tokenizer.eos_token, *(t for t in self.control_tokens if answer.endswith(t))})
+
+    def _text(self, messages, tools, add_generation_prompt) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # jinja2 errors, raise_exception() of the template
+            raise TemplateError(f"the tokenizer's chat template refuses the conversation: {error}") from error
+
+    def render(self, messages, tools=None, add_generation_prompt=False) -> Rendered:
+        text = self._text(messages, tools, add_generation_prompt)
+        spans = []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self._text(messages[:i], tools, True)
+            upto = self._text(messages[: i + 1], tools, False)
+            if not text.startswith(prompt):
+                continue
+            end = self._span_end(text, upto, message, len(prompt))
+            if end is not None:
+                spans.append((len(prompt), end))
+        return Rendered(text=text, spans=tuple(spans))
+
+    def _span_end(self, text: str, upto: str, message: dict, start: int) -> int | None:
+        """The end of the first control token after the answer: the separator that follows it is not trained."""
+        if not text.startswith(upto.rstrip("\n")):
+            return None
+        content = message["content"].rstrip()
+        after_content = max(start, upto.rfind(content) + len(content))
+        stops = [(at, at + len(t)) for t in self.control_tokens if (at := upto.find(t, after_content)) >= 0]
+        return min(stops)[1] if stops else len(upto.rstrip("\n"))
+
+
+def build_renderer(template: Template | None, tokenizer) -> Renderer:
+    """The named template's renderer, or the tokenizer's own chat template when no template is named."""
+    return TemplateRenderer(template, tokenizer) if template is not None else TokenizerRenderer(tokenizer)
+
+
+@dataclass(frozen=True)
+class EncodingOptions:
+    """How conversations become rows.
+
+    max_length: tokens of a row at most.
+    train_on: "all" assistant turns or only the "last".
+    train_on_prompt: train every token.
+    on_too_long: "truncate" (whole turns from the end, then the first answer), "drop" or "error".
+    """
+
+    max_length: int
+    train_on: str = "all"
+    train_on_prompt: bool = False
+    on_too_long: str = "truncate"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row: ids, labels (IGNORE_INDEX where not trained), what happened to it."""
+
+    input_ids: list[int]
+    labels: list[int]
+    dropped: str = ""  # the reason, or empty
+    truncated: str = ""  # "turns", "answer", or empty
+
+
+def encode_conversations(
+    conversations: Sequence[Conversation], renderer: Renderer, tokenizer, options: EncodingOptions
+) -> list[Encoded]:
+    """Render and tokenize a batch; one call of the tokenizer for all rows that fit."""
+    rendered = [renderer.render(c.messages, tools=c.tools) for c in conversations]
+    encodings = tokenizer(
+        [r.text for r in rendered], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    rows = []
+    for conversation, text, ids, offsets in zip(
+        conversations, rendered, encodings["input_ids"], encodings["offset_mapping"], strict=True
+    ):
+        truncated = ""
+        if len(ids) > options.max_length:
+            if options.on_too_long != "truncate":
+                rows.append(Encoded([], [], dropped=f"{len(ids)} tokens, {TOO_LONG} {options.max_length}"))
+                continue
+            text, ids, offsets, truncated = _truncate(conversation, renderer, tokenizer, options.max_length)
+        labels = label_ids(ids, offsets, text.spans, options.train_on, options.train_on_prompt)
+        if all(label == IGNORE_INDEX for label in labels[1:]):
+            rows.append(Encoded([], [], dropped="no trained token left after truncation to max_length"))
+        else:
+            rows.append(Encoded(ids, labels, truncated=truncated))
+    return rows
+
+
+def _truncate(conversation: Conversation, renderer: Renderer, tokenizer, max_length: int):
+    """Cut whole rounds from the end; if the first answer alone is too long, cut it (its stop token goes with it)."""
+    messages = conversation.messages
+    ends = [i + 1 for i, m in enumerate(messages) if m["role"] == "assistant" and not m.get("tool_calls")]
+    ends = ends or [len(messages)]
+    for end in reversed(ends):
+        rendered = renderer.render(messages[:end], tools=conversation.tools)
+        encoding = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
+        if len(ids) <= max_length:
+            return rendered, ids, offsets, "turns"
+    return rendered, ids[:max_length], offsets[:max_length], "answer"
+
+
+def label_ids(
+    ids: Sequence[int],
+    offsets: Sequence[tuple[int, int]],
+    spans: Sequence[tuple[int, int]],
+    train_on: str = "all",
+    train_on_prompt: bool = False,
+) -> list[int]:
+    """The ids of tokens that carry a character of a trained span, IGNORE_INDEX elsewhere.
+
+    A token that straddles the start of a span is trained; one that starts at or after its end is not. Several tokens
+    of one multi-byte character share its offsets and stay together.
+    """
+    if train_on_prompt:
+        return list(ids)
+    labels = [IGNORE_INDEX] * len(ids)
+    starts = [start for start, _ in offsets]
+    for start, end in spans[-1:] if train_on == "last" else spans:
+        first = bisect_left(starts, start)
+        while first > 0 and offsets[first - 1][1] > start:
+            first -= 1
+        for i in range(first, bisect_left(starts, end)):
+            labels[i] = ids[i]
+    return labels
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """What the ids depend on: vocabulary, merges, normalisation and added tokens."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def _cache_key(*parts: object) -> str:
+    text = json.dumps([ENCODING_VERSION, *map(str, parts)])
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def tokenize_conversations(
+    dataset: Dataset,
+    renderer: Renderer,
+    tokenizer,
+    options: EncodingOptions,
+    num_proc: int | None = None,
+    load_from_cache: bool = True,
+) -> Dataset:
+    """Columns input_ids, labels, length, trained (count of labels), dropped and truncated (why, or empty), location,
+    dataset. Row i is row i of `dataset`. Cached by everything that changes ids.
+    """
+
+    def encode_batch(batch: dict) -> dict:
+        conversations = [Conversation.from_json(record) for record in batch["record"]]
+        rows = _encode_each(conversations, batch["location"], renderer, tokenizer, options)
+        return {
+            "input_ids": [row.input_ids for row in rows],
+            "labels": [row.labels for row in rows],
+            "length": [len(row.input_ids) for row in rows],
+            "trained": [sum(label != IGNORE_INDEX for label in row.labels) for row in rows],
+            "dropped": [row.dropped for row in rows],
+            "truncated": [row.truncated for row in rows],
+        }
+
+    key = _cache_key(dataset._fingerprint, tokenizer_fingerprint(tokenizer), renderer.fingerprint, options)
+    return _map(dataset, encode_batch, key, num_proc, load_from_cache, "Tokenizing conversations")
+
+
+def _encode_each(conversations, locations, renderer, tokenizer, options) -> list[Encoded]:
+    """The batch at once; if the template refuses a row, row by row, so that the refused one carries its reason."""
+    try:
+        return encode_conversations(conversations, renderer, tokenizer, options)
+    except TemplateError:
+        rows = []
+        for conversation in conversations:
+            try:
+                rows += encode_conversations([conversation], renderer, tokenizer, options)
+            except TemplateError as error:
+                rows.append(Encoded([], [], dropped=str(error)))
+        return rows
+
+
+def tokenize_documents(
+    dataset: Dataset, tokenizer, num_proc: int | None = None, load_from_cache: bool = True
+) -> Dataset:
+    """Columns input_ids (BOS where the tokenizer adds one, then the text, then EOS), length, location, dataset."""
+
+    def encode_batch(batch: dict) -> dict:
+        texts = [Document.from_json(record).text for record in batch["record"]]
+        ids = [row + [tokenizer.eos_token_id] for row in tokenizer(texts, verbose=False)["input_ids"]]
+        ids = [row[:-1] if row[-2:] == [tokenizer.eos_token_id] * 2 else row for row in ids]
+        return {"input_ids": ids, "length": [len(row) for row in ids]}
+
+    key = _cache_key(dataset._fingerprint, tokenizer_fingerprint(tokenizer), "documents")
+    return _map(dataset, encode_batch, key, num_proc, load_from_cache, "Tokenizing documents")
+
+
+def _map(dataset: Dataset, encode_batch, key: str, num_proc: int | None, load_from_cache: bool, desc: str) -> Dataset:
+    return dataset.map(
+        encode_batch,
+        batched=True,
+        batch_size=1000,
+        remove_columns=["record"],
+        num_proc=num_proc if num_proc and num_proc > 1 and len(dataset) > 1000 else None,
+        new_fingerprint=key,
+        load_from_cache_file=load_from_cache,
+        desc=desc,
+    )
+
+
+def drop_unusable(dataset: Dataset, on_bad_row: str = "error", on_too_long: str = "truncate") -> Dataset:
+    """Without the rows that tokenization could not use.
+
+    A row that is too long is dropped when --on_too_long says so; any other unusable row stops the run unless
+    --on_bad_row skip.
+
+    Raises:
+        InputError: with the first such row's location and reason, and how many more there are.
+    """
+    reasons = dataset.with_format("arrow")["dropped"][:]
+    bad = np.flatnonzero(pc.not_equal(reasons, "").to_numpy(zero_copy_only=False))
+    if not len(bad):
+        return dataset
+    too_long = pc.match_substring(reasons, TOO_LONG).to_numpy(zero_copy_only=False)
+    fatal = [int(i) for i in bad if not (on_too_long == "drop" and too_long[i])]
+    if fatal and on_bad_row != "skip":
+        first, reason = dataset[fatal[0]]["location"], reasons[fatal[0]].as_py()
+        more = f" ({len(fatal) - 1} more rows cannot be used)" if len(fatal) > 1 else ""
+        remedy = "raise --model_max_length" if "max_length" in reason else "mend the row"
+        raise InputError(f"{first}: {reason}{more}; {remedy}, or pass --on_bad_row skip")
+    return dataset.select(np.setdiff1d(np.arange(len(dataset)), bad))

@@ -1,0 +1,131 @@
+"""Load what a stage left behind, and generate from it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextStreamer
+
+from stagewise.errors import InputError
+from stagewise.modeling.loading import fit_embedding
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. temperature 0 is greedy: the same answer every time."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 0.9
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        for flag, fits, expected in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("top_p", 0 < self.top_p <= 1, "a share above 0, at most 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "more than 0 (1 is none)"),
+        ):
+            if not fits:
+                raise InputError(f"--{flag} {getattr(self, flag)}: expected {expected}")
+
+    def as_generate_arguments(self) -> dict:
+        sample = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return {
+            **(sample if self.temperature > 0 else greedy),
+            "max_new_tokens": self.max_new_tokens,
+            "repetition_penalty": self.repetition_penalty,
+        }
+
+
+def load_for_inference(
+    model_path: str,
+    adapter_path: str | None = None,
+    tokenizer_path: str | None = None,
+    dtype: str = "auto",
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+):
+    """(model, tokenizer) of a full or merged model, of base + adapter, or of an adapter folder that names its base.
+
+    Raises:
+        InputError: nothing loadable there, or the adapter does not fit.
+    """
+    if adapter_path is None and (Path(model_path) / "adapter_config.json").is_file():
+        adapter_path = model_path
+        model_path = json.loads((Path(adapter_path) / "adapter_config.json").read_text())["base_model_name_or_path"]
+    tokenizer_path = tokenizer_path or _first_with_tokenizer(adapter_path, model_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model_name_or_path {model_path}: {error}") from error
+    fit_embedding(model, tokenizer)
+    if adapter_path:
+        from peft import PeftModel
+
+        try:
+            model = PeftModel.from_pretrained(model, adapter_path)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise InputError(f"--lora_model {adapter_path}: does not fit {model_path}: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return model.to(device).eval(), tokenizer
+
+
+def _first_with_tokenizer(*folders: str | None) -> str:
+    return next((f for f in folders if f and (Path(f) / "tokenizer_config.json").is_file()), folders[-1])
+
+
+def stop_token_ids(tokenizer, stop_tokens: Sequence[str]) -> list[int]:
+    """Ids that end an answer: the template's stop tokens and the tokenizer's EOS."""
+    ids = {tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(token) for token in stop_tokens)}
+    return sorted(i for i in ids if i is not None and i != tokenizer.unk_token_id)
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    tokenizer,
+    prompts: Sequence[str],
+    stop_ids: Sequence[int],
+    sampling: Sampling,
+    batch_size: int = 8,
+    stream: bool = False,
+) -> list[str]:
+    """One answer for each rendered prompt, in the order given; stop tokens are not part of it.
+
+    Prompts are batched by length, padded on the left. `stream` prints a single prompt's answer while it is made.
+
+    Raises:
+        InputError: a prompt leaves no room for max_new_tokens in the model's positions.
+    """
+    encoded = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, encoded), default=0)
+    if positions and longest + sampling.max_new_tokens > positions:
+        raise InputError(
+            f"a prompt of {longest} tokens and --max_new_tokens {sampling.max_new_tokens} are more than the model's "
+            f"{positions} positions"
+        )
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    answers = [""] * len(encoded)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = tokenizer.pad({"input_ids": [encoded[i] for i in rows]}, return_tensors="pt").to(model.device)
+        output = model.generate(
+            **batch,
+            **sampling.as_generate_arguments(),
+            use_cache=True,
+            eos_token_id=list(stop_ids),
+            pad_token_id=tokenizer.pad_token_id,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
+        )
+        new = output[:, batch["input_ids"].shape[1] :]
+        for i, answer in zip(rows, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+            answers[i] = answer.strip()
+    return answers

@@ -1,0 +1,160 @@
+"""Load a tokenizer and a causal LM, or build the model from a configuration alone."""
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from stagewise.arguments import ModelArguments
+from stagewise.errors import InputError
+from stagewise.modeling.token_loss import install_token_loss
+
+logger = logging.getLogger(__name__)
+
+
+def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
+    """The tokenizer of --tokenizer_name_or_path, or of the model; fast, with a pad token, padding on the right.
+
+    Without a pad token the EOS token pads: labels come from spans, so a real EOS keeps its label and padding has none.
+
+    Raises:
+        InputError: nothing to load, no fast tokenizer, or neither pad nor EOS token.
+    """
+    name = args.tokenizer_name_or_path or args.model_name_or_path
+    if not name:
+        raise InputError("--tokenizer_name_or_path: needed when the model is built from --config_name alone")
+    tokenizer = _from_pretrained(
+        AutoTokenizer, name, args, flag="--tokenizer_name_or_path", use_fast=args.use_fast_tokenizer
+    )
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"--tokenizer_name_or_path {name}: this tokenizer is not a fast one, and labels follow the character "
+            "offsets that only fast tokenizers give; convert it (AutoTokenizer with `tokenizers` files) or pass another"
+        )
+    if tokenizer.eos_token is None:
+        raise InputError(
+            f"--tokenizer_name_or_path {name}: the tokenizer has no eos_token, so the model could not learn to stop; "
+            "set it in its tokenizer_config.json"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_config(args: ModelArguments):
+    """The model's configuration, checked against --model_type."""
+    name = args.model_name_or_path or args.config_name
+    if not name:
+        raise InputError("--model_name_or_path: required (or --config_name to train from scratch)")
+    flag = "--model_name_or_path" if args.model_name_or_path else "--config_name"
+    config = _from_pretrained(AutoConfig, name, args, flag=flag)
+    # MedicalGPT's scripts pass --model_type auto|bloom|chatglm|llama|baichuan
+    if args.model_type not in (None, "auto", config.model_type):
+        raise InputError(
+            f"--model_type {args.model_type}: {name} is of type {config.model_type}; leave the flag out or correct it"
+        )
+    return config
+
+
+def load_causal_lm(
+    args: ModelArguments, tokenizer: PreTrainedTokenizerBase, trains_all: bool, label_smoothing: float = 0.0
+) -> PreTrainedModel:
+    """The model to train: an embedding that holds the vocabulary, a loss that never holds all logits (token_loss).
+
+    dtype: --dtype; `auto` is the checkpoint's own for frozen weights under an adapter, and float32 when every
+    parameter is trained, because an optimizer step of 1e-5 is lost in bf16's eight bits (--bf16 then multiplies in
+    bf16 all the same). Without --model_name_or_path the weights are random, from --config_name.
+
+    Raises:
+        InputError: the model cannot be loaded, or float16 weights are to be trained.
+    """
+    config = load_config(args)
+    dtype = "auto" if args.dtype in (None, "auto") else getattr(torch, args.dtype)
+    if trains_all and dtype == torch.float16:
+        raise InputError(
+            "--dtype float16: weights that are trained cannot be float16 (their gradients cannot be unscaled); "
+            "use --dtype float32 --fp16 True, or an adapter (--use_peft True)"
+        )
+    if trains_all and dtype == "auto":
+        dtype = torch.float32
+    model = _build_causal_lm(args, config, dtype)
+    fit_embedding(model, tokenizer)
+    if not install_token_loss(model, label_smoothing):
+        logger.warning(
+            "%s does more than head(decoder(x)): its own logits are used, whole in memory", type(model).__name__
+        )
+    return model
+
+
+def _build_causal_lm(args: ModelArguments, config, dtype) -> PreTrainedModel:
+    attention = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
+    if not args.model_name_or_path:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32 if dtype == "auto" else dtype, **attention)
+    return _from_pretrained(
+        AutoModelForCausalLM,
+        args.model_name_or_path,
+        args,
+        flag="--model_name_or_path",
+        config=config,
+        dtype=dtype,
+        device_map=_device_map(args.device_map),
+        **attention,
+    )
+
+
+def _device_map(device_map: str | None) -> str | None:
+    """--device_map auto is for one process; under torchrun the Trainer puts a whole model on each device."""
+    if device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        logger.info("--device_map %s: not used under torchrun, each process has its own device", device_map)
+        return None
+    return device_map
+
+
+def fit_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Grow the embedding (never shrink it) to hold every token id."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        logger.info("embedding: %d rows grow to %d for the vocabulary", rows, len(tokenizer))
+        model.resize_token_embeddings(len(tokenizer))
+
+
+def _from_pretrained(auto_class, name: str, args: ModelArguments, flag: str, **kwargs):
+    local = Path(name).expanduser()
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
+    if looks_local and not local.exists():
+        raise InputError(f"{flag} {name}: no such folder")
+    try:
+        return auto_class.from_pretrained(
+            str(local) if local.exists() else name,
+            revision=args.model_revision,
+            cache_dir=args.cache_dir,
+            token=args.hf_hub_token,
+            trust_remote_code=args.trust_remote_code,
+            **{key: value for key, value in kwargs.items() if value is not None},
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        hint = ""
+        if "trust_remote_code" in str(error):
+            hint = "\n  It brings its own Python code: read it, then pass --trust_remote_code True to run it."
+        raise InputError(f"{flag} {name}: {error}{hint}") from error
+
+
+def row_limit(
+    args: ModelArguments, requested: int | None, flag: str = "--model_max_length", default: int = 1024
+) -> int:
+    """How many tokens a row may have: what was asked for, or `default`, or what the model was made for if less.
+
+    Raises:
+        InputError: more than the positions that the model was made for.
+    """
+    positions = getattr(load_config(args).get_text_config(), "max_position_embeddings", None)
+    if requested is None:
+        return min(default, positions) if positions else default
+    if requested < 2:
+        raise InputError(f"{flag} {requested}: expected 2 or more tokens")
+    if positions and requested > positions:
+        raise InputError(f"{flag} {requested}: the model was made for {positions} positions; ask for at most as many")
+    return requested

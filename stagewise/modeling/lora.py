@@ -1,0 +1,108 @@
+"""Put a LoRA adapter on a model: fresh, or from an old adapter's weights."""
+
+import logging
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from stagewise.arguments import LoraArguments
+from stagewise.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+def attach_adapter(model: PreTrainedModel, args: LoraArguments, task_type: str = "CAUSAL_LM"):
+    """A PeftModel whose adapter is trained, or the model itself with every parameter trained (--use_peft False).
+
+    `--peft_path` starts from an old adapter's weights with a fresh optimizer: its rank and targets win over the flags.
+    Adapter weights are fp32 whatever the base is.
+
+    Raises:
+        InputError: --target_modules or --modules_to_save match nothing; --peft_path is no adapter or is for another
+            base.
+    """
+    if not args.use_peft:
+        if args.peft_path:
+            raise InputError(
+                "--peft_path: needs --use_peft True; to continue full training use --resume_from_checkpoint"
+            )
+        model.requires_grad_(True)
+        return model
+
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if args.peft_path:
+        check_adapter(args.peft_path)
+        try:
+            peft_model = PeftModel.from_pretrained(model, args.peft_path, is_trainable=True)
+        except RuntimeError as error:  # sizes differ
+            raise InputError(f"--peft_path {args.peft_path}: does not fit this base model: {error}") from error
+    else:
+        targets = target_modules(model, args.target_modules)
+        saved = modules_to_save(model, args.modules_to_save)
+        tied = getattr(model.config, "tie_word_embeddings", False) and bool(saved)
+        peft_model = get_peft_model(
+            model,
+            LoraConfig(
+                task_type=task_type,
+                target_modules=targets,
+                r=args.lora_rank,
+                lora_alpha=args.lora_alpha,
+                lora_dropout=args.lora_dropout,
+                modules_to_save=saved,
+                use_dora=args.use_dora,
+                use_rslora=args.use_rslora,
+                **({"ensure_weight_tying": True} if tied else {}),
+            ),
+        )
+    trainable, total = peft_model.get_nb_trainable_parameters()
+    logger.info(
+        "LoRA: %s of %s parameters are trained (%.2f%%)", f"{trainable:,}", f"{total:,}", 100 * trainable / total
+    )
+    return peft_model
+
+
+def check_adapter(path: str) -> None:
+    """Raise InputError unless `path` is a folder with a LoRA adapter."""
+    folder = Path(path)
+    if not (folder / "adapter_config.json").is_file():
+        raise InputError(f"--peft_path {path}: no adapter_config.json there; give the folder of an adapter")
+    if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
+        raise InputError(f"--peft_path {path}: adapter_config.json is there, but no adapter_model.safetensors")
+
+
+def target_modules(model: nn.Module, spec: str) -> str | list[str]:
+    """`all` -> every linear layer but the head; otherwise the named modules, each of which must exist."""
+    if spec == "all":
+        return "all-linear"
+    names = [name.strip() for name in spec.split(",") if name.strip()]
+    _require_modules(model, names, "--target_modules", linear_only=True)
+    return names
+
+
+def modules_to_save(model: nn.Module, spec: str | None) -> list[str] | None:
+    """Modules trained in full beside the adapter, such as embed_tokens,lm_head after the vocabulary grew."""
+    if not spec:
+        return None
+    names = [name.strip() for name in spec.split(",") if name.strip()]
+    _require_modules(model, names, "--modules_to_save", linear_only=False)
+    return names
+
+
+def _require_modules(model: nn.Module, names: list[str], flag: str, linear_only: bool) -> None:
+    def matches(name: str) -> bool:
+        return any(path == name or path.endswith("." + name) for path, _ in model.named_modules())
+
+    missing = [name for name in names if not matches(name)]
+    if missing:
+        there = sorted(
+            {
+                path.rsplit(".", 1)[-1]
+                for path, module in model.named_modules()
+                if isinstance(module, nn.Linear) or (not linear_only and isinstance(module, nn.Embedding))
+            }
+        )
+        raise InputError(
+            f"{flag} {','.join(names)}: no module named {', '.join(missing)}; there is: {', '.join(there)}"
+        )

@@ -1,0 +1,149 @@
+"""A causal LM whose forward pass gives the loss of its labels without ever building all logits."""
+
+import functools
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from stagewise.losses.logprobs import IGNORE_INDEX, head_cross_entropy, linear_cross_entropy
+
+
+@dataclass
+class TokenLossOutput(ModelOutput):
+    """What a forward pass with labels returns.
+
+    loss: scalar, sum over trained tokens of weight * cross-entropy.
+    row_nll: (B,), the detached sum of the negative log-likelihoods of each row's trained tokens.
+    row_tokens: (B,), how many trained tokens each row has.
+    """
+
+    loss: Tensor | None = None
+    row_nll: Tensor | None = None
+    row_tokens: Tensor | None = None
+
+
+def install_token_loss(model: nn.Module, label_smoothing: float = 0.0) -> bool:
+    """Replace `model.forward` for calls with labels: hidden states of trained positions only, then a chunked loss.
+
+    Positions whose next label is IGNORE_INDEX never reach the head. The replacement works for every architecture
+    whose logits are `head(decoder(...))`, with soft-capping and logit scaling where the configuration names them; this
+    is proven on the model itself with a few tokens. An architecture that does something else in between keeps its own
+    logits (correct, but the whole matrix is in memory).
+
+    Args:
+        model: a transformers causal LM (not yet wrapped by peft).
+        label_smoothing: as torch.nn.functional.cross_entropy defines it.
+
+    Returns:
+        True if the chunked loss is in use, False if the architecture's own logits are.
+    """
+    original = model.forward
+    transform = _logit_transform(model.config)
+    chunked = _hidden_states_reproduce_logits(model, original, transform)
+
+    @functools.wraps(original)
+    def forward(self, *args, labels: Tensor | None = None, **kwargs):
+        token_weights = kwargs.pop("token_weights", None)
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        if labels is None:
+            return original(*args, **kwargs)
+        trained = labels[:, 1:] != IGNORE_INDEX
+        targets = labels[:, 1:][trained]
+        if token_weights is None:
+            count = max(1, targets.numel()) if num_items_in_batch is None else num_items_in_batch
+            weights = torch.ones_like(targets, dtype=torch.float32) / count
+        else:
+            weights = token_weights[:, 1:][trained]
+        if chunked:
+            hidden = _last_hidden_state(self, *args, **kwargs)[:, :-1][trained]
+            loss, nll = _head_loss(self, hidden, targets, weights, transform, label_smoothing)
+        else:
+            logits = original(*args, **kwargs).logits[:, :-1][trained]
+            loss, nll = head_cross_entropy(logits, lambda z: z, targets, weights, logits.shape[-1], label_smoothing)
+        rows = trained.nonzero()[:, 0]
+        row_nll = nll.new_zeros(labels.shape[0]).index_add_(0, rows, nll)
+        return TokenLossOutput(loss=loss, row_nll=row_nll, row_tokens=trained.sum(1))
+
+    model.forward = types.MethodType(forward, model)
+    return chunked
+
+
+def _head_loss(model, hidden, targets, weights, transform, label_smoothing):
+    head = model.get_output_embeddings()
+    if transform is None and _is_plain_linear(head):
+        return linear_cross_entropy(hidden, head.weight, targets, weights, head.bias, label_smoothing)
+    vocab_size = model.config.get_text_config().vocab_size
+    return head_cross_entropy(
+        hidden,
+        head if transform is None else lambda h: transform(head(h)),
+        targets,
+        weights,
+        vocab_size,
+        label_smoothing,
+    )
+
+
+def _is_plain_linear(head: nn.Module) -> bool:
+    """Whether the head's matrix can be used directly: no adapter or quantization on it, not sharded (ZeRO-3, FSDP).
+
+    Sharded parameters are gathered by hooks that fire only when the module itself is called.
+    """
+    return (
+        type(head) is nn.Linear
+        and type(head.weight) is nn.Parameter
+        and not hasattr(head.weight, "ds_id")
+        and not head._forward_pre_hooks
+    )
+
+
+def _last_hidden_state(model, *args, **kwargs) -> Tensor:
+    kwargs.pop("logits_to_keep", None)
+    kwargs.pop("return_dict", None)
+    kwargs.setdefault("use_cache", False)
+    return model.get_decoder()(*args, **kwargs).last_hidden_state
+
+
+def _logit_transform(config) -> Callable[[Tensor], Tensor] | None:
+    """What the architecture does to `head(hidden)` before the softmax, from the names that configurations use."""
+    config = config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)  # gemma2
+    scale = getattr(config, "logit_scale", None)  # cohere: logits * scale
+    divisor = getattr(config, "logits_scaling", None)  # granite: logits / scaling
+    if scale is None and divisor:
+        scale = 1.0 / divisor
+    if not cap and (scale is None or scale == 1):
+        return None
+
+    def transform(logits: Tensor) -> Tensor:
+        if scale is not None:
+            logits = logits * scale
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    return transform
+
+
+@torch.no_grad()
+def _hidden_states_reproduce_logits(model, original, transform) -> bool:
+    """Compare head(decoder(x)) with the architecture's own logits on a handful of tokens."""
+    config = model.config.get_text_config()
+    wants_router_loss = getattr(config, "output_router_logits", False)  # its auxiliary loss is in the own forward
+    sharded = any(hasattr(p, "ds_id") for p in model.parameters())
+    if wants_router_loss or not hasattr(model, "get_decoder") or model.get_output_embeddings() is None:
+        return False
+    device = model.get_input_embeddings().weight.device
+    if device.type == "meta" or sharded:
+        return True
+    was_training = model.training
+    model.eval()
+    try:
+        ids = torch.arange(1, 9, device=device)[None] % config.vocab_size
+        logits = original(input_ids=ids, use_cache=False).logits.float()
+        mine = model.get_output_embeddings()(_last_hidden_state(model, input_ids=ids))
+        mine = (mine if transform is None else transform(mine)).float()
+    finally:
+        model.train(was_training)
+    return logits.shape == mine.shape and bool(torch.allclose(logits, mine, rtol=1e-3, atol=1e-3))

@@ -1,0 +1,75 @@
+"""Where a run continues: the newest checkpoint that is whole."""
+
+import json
+import logging
+import re
+from pathlib import Path
+
+from stagewise.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+# Without one of these the Trainer resumes all the same, with a fresh optimizer or other random numbers: silently wrong.
+NEEDED = ("trainer_state.json", "scheduler.pt", "optimizer.pt")
+
+
+def find_resume_checkpoint(value: str | bool | None, output_dir: str) -> str | None:
+    """The checkpoint that --resume_from_checkpoint means.
+
+    Args:
+        value: None or False for a fresh start, True (also as text) for the newest sound checkpoint in `output_dir`, or
+            a path.
+
+    Raises:
+        InputError: there is none, or the one named is not whole.
+    """
+    if value is None or str(value).lower() == "false":
+        return None
+    if str(value).lower() != "true":
+        problem = checkpoint_problem(Path(value))
+        if problem:
+            raise InputError(f"--resume_from_checkpoint {value}: {problem}")
+        return str(value)
+    for folder in sorted_checkpoints(output_dir):
+        problem = checkpoint_problem(folder)
+        if problem is None:
+            return str(folder)
+        logger.warning("resume: passing over %s: %s", folder, problem)
+    raise InputError(
+        f"--resume_from_checkpoint True: no whole checkpoint in {output_dir}; leave the flag out to start"
+    )
+
+
+def sorted_checkpoints(output_dir: str) -> list[Path]:
+    """checkpoint-N folders, the newest first."""
+    folders = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(folders, key=lambda p: int(p.name.split("-")[1]), reverse=True)
+
+
+def checkpoint_problem(folder: Path) -> str | None:
+    """Why the Trainer could not continue exactly from `folder`, or None."""
+    if not folder.is_dir():
+        return "no such folder"
+    try:
+        state = json.loads((folder / "trainer_state.json").read_text())
+    except FileNotFoundError:
+        return "trainer_state.json is missing"
+    except ValueError as error:
+        return f"trainer_state.json cannot be read: {error}"
+    if "global_step" not in state:
+        return "trainer_state.json names no global_step"
+    deepspeed = any(folder.glob("global_step*"))
+    sharded = any(folder.glob("pytorch_model_fsdp*")) or any(folder.glob("optimizer_0"))
+    missing = [name for name in NEEDED if not (folder / name).is_file()]
+    if missing and not (deepspeed or sharded):
+        return f"{', '.join(missing)} is missing"
+    if not any(folder.glob("rng_state*.pth")):
+        return "rng_state.pth is missing"
+    if not (deepspeed or sharded or any(folder.glob("*.safetensors"))):
+        return "it holds no weights"
+    return None
+
+
+def checkpoint_step(checkpoint: str) -> int:
+    """The number of optimizer steps behind a checkpoint."""
+    return int(json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"])

@@ -1,0 +1,30 @@
+"""Exit codes of all scripts: 0 done, 2 what the user can mend, 1 anything else, 130/143 interrupted."""
+
+import sys
+from collections.abc import Callable
+
+from stagewise.errors import InputError
+from template import TemplateError
+
+
+def run_script(main: Callable[[], object]) -> None:
+    """Call a script's main; an InputError becomes a message without a traceback and exit code 2.
+
+    A failure of any other kind keeps its traceback (exit code 1); 130 and 143 are raised where the signal was handled.
+    """
+    try:
+        main()
+    except (InputError, TemplateError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    finally:
+        _leave_process_group()
+
+
+def _leave_process_group() -> None:
+    """An interpreter that ends with an open process group may abort after everything was saved."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

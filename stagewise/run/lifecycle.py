@@ -1,0 +1,267 @@
+"""Start a run, train and save, evaluate, write down what was done."""
+
+import dataclasses
+import enum
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState, set_seed
+
+from stagewise.errors import InputError
+from stagewise.run import lineage
+from stagewise.run.callbacks import SaveOnSignal
+from stagewise.run.checkpoints import checkpoint_step, find_resume_checkpoint
+from stagewise.run.logging import LogLine, peak_memory_gib, setup_logging
+from stagewise.run.plots import plot_loss
+
+logger = logging.getLogger(__name__)
+
+SECRETS = ("hf_hub_token", "hub_token", "push_to_hub_token")
+# What a run of ours leaves in output_dir, and so what --overwrite_output_dir may delete; anything else stays.
+OWN_FILES = (
+    "checkpoint-*", "logs", "adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json",
+    "model*.safetensors", "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "chat_template.jinja",
+    "added_tokens.json", "vocab.json", "merges.txt", "training_args.bin", "*_results.json", "trainer_state.json",
+    "*.png", "run_config.yaml", "data_report.json", "stage.json", "README.md",
+)  # fmt: skip
+
+
+def start_run(args, run_args, command: Sequence[str] | None = None) -> str | None:
+    """Logging, seeds, and the output folder's state; nothing is written or deleted yet.
+
+    Args:
+        args: the TrainingArguments.
+        run_args: overwrite_output_dir, dry_run, logging_dir.
+
+    Returns:
+        The checkpoint to resume from, or None.
+
+    Raises:
+        InputError: output_dir is in use and neither --resume_from_checkpoint nor --overwrite_output_dir is given; the
+            checkpoint is not whole; output_dir cannot be written; several GPUs are visible to one plain process.
+    """
+    setup_logging()
+    set_seed(args.seed)
+    if args.n_gpu > 1:
+        raise InputError(
+            f"{args.n_gpu} GPUs are visible to one process: start with "
+            f"`torchrun --nproc_per_node {args.n_gpu} {Path(sys.argv[0]).name} ...`, "
+            "or set CUDA_VISIBLE_DEVICES to one of them"
+        )
+    os.environ["TENSORBOARD_LOGGING_DIR"] = run_args.logging_dir or str(Path(args.output_dir) / "logs")
+    checkpoint = find_resume_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    output = Path(args.output_dir)
+    if output.is_file():
+        raise InputError(f"--output_dir {output}: is a file")
+    used = output.is_dir() and any(output.iterdir())
+    if used and checkpoint is None and not (run_args.overwrite_output_dir or run_args.dry_run):
+        raise InputError(
+            f"--output_dir {output}: not empty; pass --resume_from_checkpoint True to go on, "
+            "--overwrite_output_dir True to replace the run that is there, or choose another folder"
+        )
+    parent = next(p for p in [output, *output.parents] if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"--output_dir {output}: {parent} cannot be written")
+    return checkpoint
+
+
+def open_output_dir(args, run_args, checkpoint: str | None, arguments: Sequence[object], data_report: dict) -> None:
+    """Create output_dir (cleared of a run that is to be overwritten) and write run_config.yaml and data_report.json.
+
+    Called when arguments, data and model have been found good: what fails before leaves output_dir as it was.
+    """
+    if args.should_save:
+        output = Path(args.output_dir)
+        if run_args.overwrite_output_dir and checkpoint is None:
+            clear_output_dir(output)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "run_config.yaml").write_text(
+            yaml.safe_dump(resolved_arguments(arguments), sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
+        _write_json(output / "data_report.json", data_report)
+
+
+def clear_output_dir(output: Path) -> None:
+    """Delete what a run of ours leaves behind; files of other origin stay."""
+    for pattern in OWN_FILES:
+        for path in output.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def resolved_arguments(arguments: Sequence[object]) -> dict:
+    """Fields that differ from their default, as plain values; secrets left out. The file form of the command line."""
+    values: dict = {}
+    for group in arguments:
+        for field in dataclasses.fields(group):
+            value = getattr(group, field.name)
+            default = field.default
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            if not field.init or field.name in SECRETS or value == default or value is None:
+                continue
+            plain = _plain(value)
+            if plain is not None:
+                values[field.name] = plain
+    if not torch.accelerator.is_available():
+        for derived in ("use_cpu", "dataloader_pin_memory"):  # of this machine, not of the command
+            values.pop(derived, None)
+    return values
+
+
+def _plain(value: object):
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, (str, int, float, bool, dict)):
+        return value
+    return None
+
+
+def report_dry_run(args, data_report: dict, n_rows: int) -> dict:
+    """Print what would be trained, write nothing; returns the report."""
+    if args.should_log:
+        batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+        print(json.dumps(data_report, indent=2, ensure_ascii=False))
+        print(f"dry run: {n_rows} rows, {math.ceil(n_rows / batch)} optimizer steps an epoch; nothing was written")
+    return {"data_report": data_report}
+
+
+def build_trainer(trainer_class: type[Trainer], args, run_args, **kwargs) -> Trainer:
+    """The Trainer with our log line, the signal handler, and early stopping where it is asked for."""
+    callbacks = [LogLine(), SaveOnSignal()]
+    if run_args.early_stopping_stall_num:
+        callbacks.append(_early_stopping(args, run_args.early_stopping_stall_num))
+    trainer = trainer_class(args=args, callbacks=callbacks, **kwargs)
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return trainer
+
+
+def _early_stopping(args, stalls: int):
+    from transformers import EarlyStoppingCallback
+
+    if args.eval_strategy == "no":
+        raise InputError(
+            "--early_stopping_stall_num: needs evaluations; pass --eval_strategy steps (and --eval_steps)"
+        )
+    if args.metric_for_best_model is None:
+        args.metric_for_best_model, args.greater_is_better = "eval_loss", False
+    return EarlyStoppingCallback(early_stopping_patience=stalls)
+
+
+def total_steps(trainer: Trainer) -> int:
+    """Optimizer steps of the whole run, counted as the Trainer counts them."""
+    if trainer.args.max_steps > 0:
+        return trainer.args.max_steps
+    updates = max(1, math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps))
+    return math.ceil(trainer.args.num_train_epochs * updates)
+
+
+def train_and_save(trainer: Trainer, checkpoint: str | None, **stage_fields: object) -> dict:
+    """Train (or go on), save weights, tokenizer and state; every rank takes part in saving.
+
+    A run that had already finished is not trained any further (the Trainer alone would add a step each time).
+
+    Raises:
+        SystemExit: 130 or 143, when a signal ended training; a checkpoint has been written then.
+    """
+    if checkpoint is not None and checkpoint_step(checkpoint) >= total_steps(trainer):
+        logger.info("%s is at the end of the run: nothing left to train", checkpoint)
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        metrics = {}
+    else:
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    stopper = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, SaveOnSignal))
+    if stopper.received is not None:
+        logger.warning(
+            "stopped by signal %d after step %d; go on with --resume_from_checkpoint True",
+            stopper.received,
+            trainer.state.global_step,
+        )
+        raise SystemExit(128 + stopper.received)
+    trainer.save_model()
+    trainer.save_state()
+    metrics["peak_memory_gib"] = round(peak_memory_gib(), 3)
+    trainer.save_metrics("train", metrics)
+    if trainer.args.should_save:
+        lineage.write_stage(trainer.args.output_dir, **stage_fields)
+    return metrics
+
+
+def evaluate_run(trainer: Trainer, metric_key_prefix: str = "eval") -> dict:
+    """Evaluate on the whole validation set and save eval_results.json."""
+    metrics = trainer.evaluate(metric_key_prefix=metric_key_prefix)
+    trainer.save_metrics("eval", metrics)
+    return metrics
+
+
+def report_run(trainer: Trainer, run_args, arguments: Sequence[object], data_report: dict, metrics: dict) -> None:
+    """Plots and model card, on the main process."""
+    if not trainer.args.should_save:
+        return
+    output = Path(trainer.args.output_dir)
+    stage = lineage.read_stage(output) or {}
+    if run_args.plot_loss:
+        plot_loss(trainer.state.log_history, output / "training_loss.png", f"{stage.get('stage', '')}: {output.name}")
+    (output / "README.md").write_text(model_card(stage, arguments, data_report, metrics), encoding="utf-8")
+    logger.info("done: %s", output)
+
+
+def model_card(stage: dict, arguments: Sequence[object], data_report: dict, metrics: dict) -> str:
+    """A README.md for the trained weights: command, data, figures, versions."""
+    resolved = resolved_arguments(arguments)
+    command = " ".join(f"--{key} {value}" for key, value in resolved.items())
+    figures = "\n".join(
+        f"| {key} | {value:.6g} |" for key, value in sorted(metrics.items()) if isinstance(value, (int, float))
+    )
+    return f"""---
+base_model: {stage.get("base_model")}
+library_name: {"peft" if stage.get("adapter") else "transformers"}
+tags: [stagewise, {stage.get("stage")}]
+---
+
+# {Path(str(resolved.get("output_dir", "model"))).name}
+
+Stage `{stage.get("stage")}`, {"an adapter for" if stage.get("adapter") else "all weights, from"} \
+`{stage.get("base_model")}`; chat template `{stage.get("template")}`.
+
+## Command
+
+    {command}
+
+## Data
+
+```json
+{json.dumps(data_report, indent=2, ensure_ascii=False)}
+```
+
+## Figures
+
+| figure | value |
+|---|---|
+{figures}
+
+Hardware: {hardware()}. Versions: {", ".join(f"{k} {v}" for k, v in stage.get("versions", {}).items())}.
+"""
+
+
+def hardware() -> str:
+    """The devices of this process in words."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.cuda.is_available():
+        return f"{world} x {torch.cuda.get_device_name()}"
+    return f"{world} process(es) on CPU, {torch.get_num_threads()} threads"
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

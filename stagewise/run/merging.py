@@ -1,0 +1,266 @@
+"""Merge an adapter into its base, measured: what the sum changes, what rounding costs, what a reload gives."""
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from stagewise.errors import InputError
+from stagewise.modeling.loading import fit_embedding
+from stagewise.run import lineage
+
+logger = logging.getLogger(__name__)
+
+REPORT = "merge_report.json"
+# Short texts of several kinds; what they say does not matter, both models get the same ids.
+PROMPTS = (
+    "The heart pumps blood through the body.",
+    "Question: what should I do about a small burn?\nAnswer:",
+    "人体最大的器官是皮肤。",
+    "问：发烧时应该注意什么？\n答：",
+    "def add(a, b):\n    return a + b\n",
+    "1, 2, 3, 4, 5, 6, 7, 8",
+)
+
+
+def check_paths(base_model: str, lora_model: str, output_dir: str, overwrite: bool) -> None:
+    """Raise InputError for what cannot end well, before anything is loaded."""
+    adapter = Path(lora_model)
+    if not (adapter / "adapter_config.json").is_file():
+        if (adapter / "config.json").is_file():
+            raise InputError(f"--lora_model {adapter}: holds a full model, not an adapter; there is nothing to merge")
+        raise InputError(f"--lora_model {adapter}: no adapter_config.json there")
+    if base_model.startswith((".", "/", "~")) and not Path(base_model).expanduser().exists():
+        raise InputError(f"--base_model {base_model}: no such folder")
+    output = Path(output_dir)
+    for flag, source in (("--base_model", Path(base_model)), ("--lora_model", adapter)):
+        if source.exists() and output.exists() and output.samefile(source):
+            raise InputError(f"--output_dir {output}: is also {flag}; choose another folder")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise InputError(f"--output_dir {output}: not empty; choose another folder or pass --overwrite")
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the accelerator where there is one."""
+    if name != "auto":
+        return torch.device(name)
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def named_dtype(name: str) -> torch.dtype:
+    """ "bfloat16" -> torch.bfloat16"""
+    return getattr(torch, name)
+
+
+def load_merge_tokenizer(tokenizer_path: str | None, lora_model: str, base_model: str, trust_remote_code: bool):
+    """The tokenizer of the merged model: --tokenizer_path, the adapter's, or the base's; with the adapter's chat template.
+
+    Raises:
+        InputError: the named tokenizer is smaller than the one the adapter was trained with.
+    """
+    trained = (
+        _tokenizer(lora_model, trust_remote_code) if (Path(lora_model) / "tokenizer_config.json").is_file() else None
+    )
+    if tokenizer_path is None:
+        return trained or _tokenizer(base_model, trust_remote_code)
+    tokenizer = _tokenizer(tokenizer_path, trust_remote_code)
+    if trained is not None:
+        if len(trained) > len(tokenizer):
+            raise InputError(
+                f"--tokenizer_path {tokenizer_path}: has {len(tokenizer)} tokens, the adapter was trained with "
+                f"{len(trained)}; leave the flag out to use the adapter's"
+            )
+        tokenizer.chat_template = trained.chat_template or tokenizer.chat_template
+    return tokenizer
+
+
+def _tokenizer(path: str, trust_remote_code: bool):
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"no tokenizer can be loaded from {path}: {error}") from error
+
+
+def load_base(base_model: str, lora_model: str, tokenizer, device: torch.device, trust_remote_code: bool):
+    """The base model in float32, with the head that the adapter was trained for, and the checkpoint's own dtype.
+
+    Returns:
+        (model, dtype name such as "bfloat16").
+
+    Raises:
+        InputError: the base cannot be loaded, or is quantized (a merge would be rounded to its few levels).
+    """
+    adapter_config = json.loads((Path(lora_model) / "adapter_config.json").read_text())
+    scores = adapter_config.get("task_type") == "SEQ_CLS"
+    auto_class = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    try:
+        config = AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
+        if getattr(config, "quantization_config", None):
+            raise InputError(f"--base_model {base_model}: its weights are quantized; give the model it was made from")
+        kwargs = {"num_labels": 1} if scores else {}
+        model = auto_class.from_pretrained(
+            base_model, dtype=torch.float32, trust_remote_code=trust_remote_code, **kwargs
+        )
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"--base_model {base_model}: {error}") from error
+    fit_embedding(model, tokenizer)
+    return model.to(device).eval(), str(config.dtype or torch.float32).removeprefix("torch.")
+
+
+def merge(model: nn.Module, lora_model: str, tokenizer, dtype: torch.dtype) -> tuple[nn.Module, list[Tensor], dict]:
+    """Add the adapter's update to the weights in float32, and compare with base + adapter.
+
+    Args:
+        model: the base in float32.
+        dtype: what the weights will be saved in; update_lost is the rms of that cast's rounding error over the rms of
+            the adapter's update, over all adapted weights.
+
+    Returns:
+        The merged model (no adapter left in it), the outputs of base + adapter, and the first half of the report:
+        max_logit_difference, mean_logit_difference, top1_agreement, adapter_effect (the largest change of a logit that
+        the adapter makes) and update_lost.
+
+    Raises:
+        InputError: the adapter does not fit the base, or changes nothing.
+    """
+    from peft import PeftModel
+
+    ids = prompt_ids(tokenizer)
+    base_outputs = outputs_of(model, ids)
+    try:
+        peft_model = PeftModel.from_pretrained(model, lora_model).eval()
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"--lora_model {lora_model}: does not fit the base model: {error}") from error
+    adapter_outputs = outputs_of(peft_model, ids)
+    effect = max((a - b).abs().max().item() for a, b in zip(adapter_outputs, base_outputs, strict=True))
+    if effect == 0:
+        raise InputError(f"--lora_model {lora_model}: the adapter changes nothing; was it trained at all?")
+    lost = merge_layers(peft_model, dtype)
+    merged = peft_model.unload()
+    return (
+        merged,
+        adapter_outputs,
+        {**compare(outputs_of(merged, ids), adapter_outputs), "adapter_effect": effect, "update_lost": lost},
+    )
+
+
+@torch.no_grad()
+def merge_layers(peft_model: nn.Module, dtype: torch.dtype) -> float:
+    """Merge each adapted layer in place; returns rms(cast(W + U) - (W + U)) / rms(U) over all of them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    rounding = update = 0.0
+    for layer in (m for m in peft_model.modules() if isinstance(m, BaseTunerLayer)):
+        before = layer.get_base_layer().weight.detach().clone()
+        layer.merge(safe_merge=True)
+        after = layer.get_base_layer().weight.detach()
+        rounding += (after.to(dtype).float() - after).double().pow(2).sum().item()
+        update += (after - before).double().pow(2).sum().item()
+    return (rounding / update) ** 0.5 if update else 0.0
+
+
+def save_merged(
+    merged: nn.Module,
+    tokenizer,
+    output_dir: str,
+    dtype: torch.dtype,
+    max_shard_size: str,
+    adapter_outputs: list[Tensor],
+    report: dict,
+    base_model: str,
+    lora_model: str,
+    min_agreement: float,
+) -> dict:
+    """Cast, save beside output_dir, load again, compare with base + adapter, and only then move into place.
+
+    Returns:
+        The whole report: the given one, and under "saved" the same figures of the reloaded files.
+
+    Raises:
+        InputError: the saved model's greedy choices agree with base + adapter in less than `min_agreement` of the
+            positions; nothing is left behind then.
+    """
+    output = Path(output_dir)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
+        folder = Path(temporary) / output.name
+        merged.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+        tokenizer.save_pretrained(folder)
+        copy_remote_code(base_model, folder)
+        device = next(merged.parameters()).device
+        reloaded = type(merged).from_pretrained(folder, dtype=dtype).to(device).eval()
+        report = {
+            "base_model": base_model,
+            "lora_model": lora_model,
+            "dtype": str(dtype).removeprefix("torch."),
+            **report,
+            "saved": compare(outputs_of(reloaded, prompt_ids(tokenizer)), adapter_outputs),
+        }
+        if report["saved"]["top1_agreement"] < min_agreement:
+            raise InputError(
+                f"the merged model's first choices agree with base + adapter in {report['saved']['top1_agreement']:.1%} "
+                f"of the positions only (update lost to rounding: {report['update_lost']:.0%}); try --dtype float32"
+            )
+        stage = lineage.read_stage(lora_model) or {"base_model": base_model}
+        known = {key: value for key, value in stage.items() if key not in ("versions", "created")}
+        lineage.write_stage(folder, **{**known, "adapter": False, "merged_from": lora_model, "dtype": report["dtype"]})
+        (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+        if output.exists():
+            shutil.rmtree(output)
+        os.replace(folder, output)
+    return report
+
+
+def copy_remote_code(base_model: str, folder: Path) -> None:
+    """The .py files that the base model's auto_map names travel with the weights, or the result could not be loaded."""
+    for source in Path(base_model).glob("*.py"):
+        if not (folder / source.name).exists():
+            shutil.copy2(source, folder)
+
+
+def push(output_dir: str, hub_name: str, token: str | None) -> None:
+    """Upload the merged folder."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(hub_name, private=True, exist_ok=True)
+    api.upload_folder(folder_path=output_dir, repo_id=hub_name)
+
+
+def prompt_ids(tokenizer) -> list[Tensor]:
+    """The proof's prompts as (1, T) ids, T at most 64."""
+    return [torch.tensor([tokenizer(text)["input_ids"][:64]]) for text in PROMPTS]
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, ids: list[Tensor]) -> list[Tensor]:
+    """The logits (T, V), or the scores (1, 1) of a reward model, for each prompt, on the CPU in float32."""
+    device = next(model.parameters()).device
+    return [model(input_ids=row.to(device), use_cache=False).logits[0].float().cpu() for row in ids]
+
+
+def compare(outputs: list[Tensor], wanted: list[Tensor]) -> dict[str, float]:
+    """Largest and mean |difference|, and the share of positions where the largest logit is the same one.
+
+    Scores have one column, where "the largest" says nothing: there, agreement is of the prompts' order by score.
+    """
+    differences = torch.cat([(a - b).abs().flatten() for a, b in zip(outputs, wanted, strict=True)])
+    if outputs[0].shape[-1] == 1:
+        got, want = torch.cat(outputs).flatten(), torch.cat(wanted).flatten()
+        agreement = (got.argsort() == want.argsort()).double().mean().item()
+    else:
+        same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(outputs, wanted, strict=True)])
+        agreement = same.double().mean().item()
+    return {
+        "max_logit_difference": differences.max().item(),
+        "mean_logit_difference": differences.mean().item(),
+        "top1_agreement": agreement,
+    }

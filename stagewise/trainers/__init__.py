@@ -1,0 +1,1 @@
+"""Subclasses of transformers.Trainer, one level deep; each overrides only what its loss needs."""

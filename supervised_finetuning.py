@@ -1,0 +1,128 @@
+r"""Supervised fine-tuning (SFT): conversations in, a model that answers in turns out.
+
+    python supervised_finetuning.py --model_name_or_path BASE --template_name chatml \
+        --train_file_dir examples/sft/train --validation_file_dir examples/sft/validation --output_dir outputs/sft
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from stagewise.arguments import (
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    RunArguments,
+    StageTrainingArguments,
+    parse_arguments,
+)
+from stagewise.run.exit_codes import run_script
+
+
+@dataclass
+class SFTArguments:
+    """Options of supervised fine-tuning."""
+
+    model_max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of a row at most; unset: 1024, or what the model was made for if less.",
+            "aliases": "--max_length",
+        },
+    )
+    packing: bool = field(
+        default=False, metadata={"help": "Several conversations in one row without padding, each attending to itself."}
+    )
+    train_on_prompt: bool = field(default=False, metadata={"help": "Train every token, not the answers only."})
+    train_on: Literal["all", "last"] = field(
+        default="all", metadata={"help": "Which assistant turns are trained: all, or the last of a conversation."}
+    )
+    on_too_long: Literal["truncate", "drop", "error"] = field(
+        default="truncate",
+        metadata={"help": "Rows over model_max_length: cut whole turns from the end, drop, or stop."},
+    )
+    audit_rows: int = field(
+        default=2, metadata={"help": "Rows that the label audit prints, with the trained tokens in colour."}
+    )
+
+
+def main(argv: list[str] | None = None) -> dict:
+    # 1. arguments
+    arguments = parse_arguments(
+        ModelArguments, LoraArguments, DataArguments, RunArguments, SFTArguments, StageTrainingArguments,
+        argv=argv, prog="supervised_finetuning.py", description=__doc__,
+    )  # fmt: skip
+    model_args, lora_args, data_args, run_args, sft_args, args = arguments
+
+    from stagewise.data import audit, loading, tokenization
+    from stagewise.data.collators import CausalLMCollator
+    from stagewise.data.packing import PackedDataset
+    from stagewise.modeling.attention import check_packing
+    from stagewise.modeling.loading import load_causal_lm, load_tokenizer, row_limit
+    from stagewise.modeling.lora import attach_adapter
+    from stagewise.run import lifecycle, lineage
+    from stagewise.trainers.causal_lm import CausalLMTrainer
+
+    checkpoint = lifecycle.start_run(args, run_args)
+
+    # 2. tokenizer and template
+    parent = lineage.read_stage(model_args.model_name_or_path)
+    tokenizer = load_tokenizer(model_args)
+    template = loading.resolve_template(data_args, parent)
+    new_tokens = loading.add_template_tokens(template, tokenizer) if model_args.add_template_tokens else []
+    renderer = tokenization.build_renderer(template, tokenizer)
+    tokenizer.chat_template = loading.chat_template(template, tokenizer)
+
+    # 3. data
+    encoding = tokenization.EncodingOptions(
+        max_length=row_limit(model_args, sft_args.model_max_length),
+        train_on=sft_args.train_on,
+        train_on_prompt=sft_args.train_on_prompt,
+        on_too_long=sft_args.on_too_long,
+    )
+    with args.main_process_first(desc="data"):
+        data = loading.load_conversations(data_args, renderer, tokenizer, encoding, args)
+    if args.should_log:
+        audit.print_audit(data.label_audit, data.train, tokenizer, sft_args.audit_rows)
+    train = PackedDataset(data.train, encoding.max_length) if sft_args.packing else data.train
+    if run_args.dry_run:
+        return lifecycle.report_dry_run(args, data.report, len(train))
+
+    # 4. model
+    model = load_causal_lm(model_args, tokenizer, not lora_args.use_peft, args.label_smoothing_factor)
+    if sft_args.packing:
+        check_packing(model, [data.train[i]["input_ids"] for i in train.bins[0][:3]])
+    model = attach_adapter(model, lora_args, trains_new_tokens=bool(new_tokens))
+
+    # 5. trainer: train, save, evaluate
+    trainer = lifecycle.build_trainer(
+        CausalLMTrainer, args, run_args,
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=train,
+        eval_dataset=data.validation,
+        data_collator=CausalLMCollator(tokenizer.pad_token_id, data.names),
+        dataset_names=data.names,
+        min_lr=run_args.min_lr,
+    )  # fmt: skip
+    lifecycle.open_output_dir(args, run_args, checkpoint, arguments, data.report)
+    metrics = {}
+    if args.do_train:
+        metrics |= lifecycle.train_and_save(
+            trainer, checkpoint,
+            stage="sft",
+            base_model=model_args.model_name_or_path or model_args.config_name,
+            parent=parent,
+            template=template.name if template else None,
+            head="causal_lm",
+            adapter=lora_args.use_peft,
+            dtype=str(model.dtype).removeprefix("torch."),
+            data_fingerprint=data.fingerprint,
+        )  # fmt: skip
+    if args.do_eval and data.validation is not None:
+        metrics |= lifecycle.evaluate_run(trainer)
+    lifecycle.report_run(trainer, run_args, arguments, data.report, metrics)
+    return metrics
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,69 @@
+"""Tiny tokenizers and models, built in memory once per session; two threads at most for each process."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _private_cache(tmp_path_factory):
+    """Arrow caches of the session, away from the user's."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("hf-cache")
+    datasets.config.HF_DATASETS_CACHE = folder
+    os.environ["HF_DATASETS_CACHE"] = str(folder)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_model_dir):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model_dir)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory) -> str:
+    """A 2-layer Llama (hidden 64) and its byte-level BPE tokenizer, as examples/build_tiny_model.py makes them."""
+    from examples.build_tiny_model import main
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    main(["--output_dir", str(folder), "--vocab_size", "600", "--hidden_size", "64", "--num_hidden_layers", "2"])
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def sft_file(tmp_path_factory) -> str:
+    """24 short conversations, some with several rounds, some with a system prompt."""
+    rows = []
+    for i in range(24):
+        turns = [
+            {"from": "human", "value": f"What is {i} plus {i}?"},
+            {"from": "gpt", "value": f"It is {2 * i}."},
+        ]
+        if i % 3 == 0:
+            turns += [{"from": "human", "value": "And one more?"}, {"from": "gpt", "value": f"Then {2 * i + 1}. 好的"}]
+        if i % 4 == 0:
+            turns.insert(0, {"from": "system", "value": "You add numbers."})
+        rows.append({"conversations": turns})
+    path = tmp_path_factory.mktemp("sft") / "sums.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> str:
+    """30 documents of 5 to 60 words."""
+    documents = [" ".join(f"word{(i * j) % 17}" for j in range(5 + (i * 7) % 56)) + "." for i in range(1, 31)]
+    path = tmp_path_factory.mktemp("pt") / "corpus.txt"
+    path.write_text("\n\n".join(documents) + "\n", encoding="utf-8")
+    return str(path)
