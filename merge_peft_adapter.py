@@ -1,4 +1,4 @@
-"""Merge a LoRA adapter into its base model, and prove it: the same prompts through base + adapter and the merged model.
+"""Merge a LoRA adapter into its base model, and prove it: the same prompts through both, compared.
 
     python merge_peft_adapter.py --base_model BASE --lora_model ADAPTER --output_dir MERGED
 

@@ -1,9 +1,10 @@
 r"""Continued pretraining (PT): plain documents in, a model that knows the domain's language out.
 
     python pretraining.py --model_name_or_path BASE \
-        --train_file_dir examples/pretrain/train --validation_file_dir examples/pretrain/validation --output_dir outputs/pt
+        --train_file_dir examples/pretrain/train --validation_file_dir examples/pretrain/validation \
+        --output_dir outputs/pt
 
-With --config_name and --tokenizer_name_or_path in place of --model_name_or_path, the weights start from random numbers.
+With --config_name and --tokenizer_name_or_path in place of --model_name_or_path, the weights start at random.
 """
 
 from dataclasses import dataclass, field

@@ -6,43 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-WORDS = [
-    "the",
-    "patient",
-    "should",
-    "drink",
-    "water",
-    "and",
-    "rest",
-    "while",
-    "a",
-    "doctor",
-    "checks",
-    "blood",
-    "pressure",
-    "heart",
-    "rate",
-    "temperature",
-    "skin",
-    "eyes",
-    "ears",
-    "hands",
-    "feet",
-    "back",
-    "chest",
-    "lungs",
-    "liver",
-    "kidneys",
-    "bones",
-    "muscles",
-    "nerves",
-    "food",
-    "sleep",
-    "exercise",
-    "medicine",
-    "clean",
-    "wound",
-]
+WORDS = (
+    "the patient should drink water and rest while a doctor checks blood pressure heart rate temperature skin eyes "
+    "ears hands feet back chest lungs liver kidneys bones muscles nerves food sleep exercise medicine clean wound"
+)
 
 
 def write_conversations(path: Path, rows: int, mean_tokens: int = 180, p99_tokens: int = 900, seed: int = 0) -> None:
@@ -57,7 +24,7 @@ def write_conversations(path: Path, rows: int, mean_tokens: int = 180, p99_token
     lengths = np.clip(rng.lognormal(m, s, rows), 8, 4 * p99_tokens).astype(int)
     with path.open("w", encoding="utf-8") as out:
         for i, length in enumerate(lengths):
-            words = rng.choice(WORDS, length)
+            words = rng.choice(WORDS.split(), length)
             cut = max(2, int(length) // 4)
             row = {
                 "conversations": [

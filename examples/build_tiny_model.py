@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-# The tokens of the family's templates that a model of ours is likely to be trained with: vicuna, alpaca (</s>), chatml.
+# The control tokens of the templates that a small model is likely to be trained with: vicuna, alpaca (</s>), chatml.
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>"]
 
 

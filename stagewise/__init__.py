@@ -1,7 +1,7 @@
 """Stagewise: train a domain language model in stages, one readable script a stage.
 
-The scripts at the top of the repository (pretraining.py, supervised_finetuning.py, ...) join what lives here. Imports go
-down only; neighbours on a floor (left | right) never import each other:
+The scripts at the top of the repository (pretraining.py, supervised_finetuning.py, ...) join what lives here. Imports
+go down only; neighbours on a floor (left | right) never import each other:
 
     4  the stage scripts, merge_peft_adapter, convert_dataset, inference
     3  stagewise.trainers   |  stagewise.run        Trainer subclasses          | start, save, resume, report a run

@@ -57,6 +57,10 @@ CONVERSATIONS = {
         {"system": "be kind", "conversations": [HUMAN_HI, GPT_HELLO]},
         [system("be kind"), *CHAT],
     ),
+    "sharegpt_system_prompt": (
+        {"system_prompt": "be kind", "system": "be kind", "conversations": [HUMAN_HI, GPT_HELLO]},
+        [system("be kind"), *CHAT],
+    ),
     "sharegpt_empty_system": (
         {"system": "", "conversations": [{"from": "system", "value": " "}, HUMAN_HI, GPT_HELLO]},
         CHAT,

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from stagewise.data import files as files_module
 from stagewise.data import sources as sources_module
-from stagewise.data.files import BadRow, Position, find_files, iter_rows, read_rows
+from stagewise.data.files import BadRow, find_files, iter_rows, read_rows
 from stagewise.data.records import Conversation, Document, Prompt, RecordOptions
 from stagewise.data.sources import (
     Source,
@@ -290,11 +290,6 @@ def test_text_with_bad_utf8_loses_that_document_only(tmp_path):
     ]
 
 
-def test_unknown_document_separator(tmp_path):
-    with pytest.raises(InputError, match="--document_separator: found 'page', expected one of blank_line, line, file"):
-        read_rows(tmp_path / "a.txt", document_separator="page")
-
-
 def write_every_type(folder):
     """The same five rows in every type; files of one row per line, and with rows over several lines."""
     rows = [{"text": f"row {each} é\nsecond line"} for each in range(5)]
@@ -401,7 +396,6 @@ def test_records_locations_and_reports(tmp_path, two_sets):
         "rows_bad": 0,
         "reasons": {},
         "first_bad": [],
-        "unreadable": None,
     }
 
 
@@ -561,7 +555,15 @@ def test_each_file_may_have_its_own_format(tmp_path):
     assert questions(load(tmp_path / "set", tmp_path)[0]) == ["q1", "q2"]
 
 
-def test_unknown_on_bad_row(tmp_path, two_sets):
+def test_unknown_options(tmp_path, two_sets):
+    for loading in (
+        lambda: load(two_sets[0], tmp_path, document_separator="page"),
+        lambda: stream(two_sets[0], document_separator="page"),
+    ):
+        with pytest.raises(
+            InputError, match="--document_separator: found 'page', expected one of blank_line, line, file"
+        ):
+            loading()
     with pytest.raises(InputError, match="--on_bad_row: found 'drop', expected error or skip"):
         load(two_sets[0], tmp_path, on_bad_row="drop")
 
@@ -862,7 +864,3 @@ def test_data_loader_workers_share_the_files(tmp_path):
     dataset, _ = stream(tmp_path / "many")
     loader = torch_data.DataLoader(dataset, batch_size=None, num_workers=2)
     assert sorted(questions(loader)) == ["q0", "q1", "q10", "q11", "q12", "q2"]
-
-
-def test_positions_are_plain_numbers():
-    assert Position() == (0, 1)

@@ -1,4 +1,4 @@
-"""The label audit: what will be trained on, in colour and in numbers, before the first step. A violation stops the run."""
+"""The label audit: what will be trained on, in colour and in numbers. A violation stops the run before it starts."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -38,8 +38,8 @@ def audit_conversations(
 
     For each row: every label is IGNORE_INDEX or the token itself; no token of a user, system or tool text is trained
     (unless --train_on_prompt); each trained answer ends with a stop token; and up to each answer the ids equal the ids
-    of the prompt that inference renders, token by token. (One token may straddle the border of prompt and answer where a
-    template ends its prompt with a blank: it is counted.)
+    of the prompt that inference renders, token by token. (Where a template ends its prompt with a blank, a token may
+    straddle the border of prompt and answer: it is counted.)
 
     Args:
         records: column `record`; row i belongs to row i of `encoded`.
@@ -99,8 +99,8 @@ def _kept_messages(conversation: Conversation, ids: Sequence[int], renderer, tok
 def _token_roles(rendered, messages: Sequence[dict], offsets: Sequence[tuple[int, int]]) -> list[str]:
     """The role whose text each token starts in; what the template adds has the role "template".
 
-    Contents are looked for in order, outside the trained spans for users and inside for answers, so that an answer that
-    quotes the question is not taken for it.
+    Contents are looked for in order, outside the trained spans for users and inside for answers, so that an answer
+    that quotes the question is not taken for it.
     """
     owner = [MARKUP] * (len(rendered.text) + 1)
     spans = iter(rendered.spans)

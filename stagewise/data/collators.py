@@ -39,11 +39,10 @@ class CausalLMCollator:
             "num_tokens": num_tokens,
             "dataset_id": torch.tensor([self.dataset_ids.get(row.get("dataset"), 0) for row in rows]),
         }
-        if "seq_lengths" in rows[0]:
-            if not self.attend_across_documents:
-                # padding tokens are at position 0, each a document of its own
-                batch["position_ids"] = _pad([_restarting_positions(row["seq_lengths"]) for row in rows], 0)
-        if "position_ids" not in batch:
+        if "seq_lengths" in rows[0] and not self.attend_across_documents:
+            # padding tokens are at position 0, each a document of its own
+            batch["position_ids"] = _pad([_restarting_positions(row["seq_lengths"]) for row in rows], 0)
+        else:
             width = batch["input_ids"].shape[1]
             batch["attention_mask"] = (torch.arange(width)[None] < num_tokens[:, None]).long()
         return batch

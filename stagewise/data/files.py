@@ -125,7 +125,9 @@ class DataReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as it goes into data_report.json, with ``rows_kept``."""
-        return asdict(self) | {"rows_kept": self.rows_read - self.rows_bad}
+        counts = asdict(self) | {"rows_kept": self.rows_read - self.rows_bad}
+        del counts["unreadable"]
+        return counts
 
 
 def find_files(path: str | Path) -> list[Path]:
@@ -133,7 +135,7 @@ def find_files(path: str | Path) -> list[Path]:
 
     Known are .jsonl, .json, .csv, .parquet, .txt, and each of them with .gz. Files of another type are an error when
     named and are left out with a warning when found in a directory. Raises InputError for a path that does not exist,
-    a directory without any usable file, and an empty file.
+    a directory without any usable file, and a file that is empty or must not be read.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -146,6 +148,8 @@ def find_files(path: str | Path) -> list[Path]:
     for file in files:
         if file.stat().st_size == 0:
             raise InputError(f"{file}: the file is empty")
+        if not os.access(file, os.R_OK):
+            raise InputError(f"{file}: no permission to read the file")
     return files
 
 
@@ -231,14 +235,18 @@ def iter_rows(
 
     Raises InputError for a file that cannot be opened or whose type is not known.
     """
-    if document_separator not in DOCUMENT_SEPARATORS:
-        raise InputError(
-            f"--document_separator: found {document_separator!r}, expected one of {', '.join(DOCUMENT_SEPARATORS)}"
-        )
+    check_document_separator(document_separator)
     path = Path(path)
     read_text = partial(_read_text, separator=document_separator, keep_linebreaks=keep_linebreaks)
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
     return _guarded(path, readers.get(_suffix(path), read_text), start)
+
+
+def check_document_separator(separator: str) -> None:
+    """Raise InputError for what is none of DOCUMENT_SEPARATORS."""
+    if separator not in DOCUMENT_SEPARATORS:
+        known = ", ".join(DOCUMENT_SEPARATORS)
+        raise InputError(f"--document_separator: found {separator!r}, expected one of {known}")
 
 
 def _guarded(path: Path, reader, start: Position) -> Iterator[Row]:

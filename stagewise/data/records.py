@@ -338,15 +338,16 @@ def _turn_list(value: Any, where: str) -> list[_Turn]:
 
 
 def _with_system(row: dict, turns: list[_Turn]) -> list[_Turn]:
-    """The turns with the row's ``system`` field in front; a system turn of its own must say the same."""
-    system = row.get("system")
-    if system is None or system == "":
-        return turns
-    if turns and turns[0].role == "system":
-        if turns[0].content == system:
-            return turns
-        raise RowError("system", "a second system prompt, another one is in the first turn", "one system prompt")
-    return [_Turn("system", system, "system"), *turns]
+    """The turns with the row's system prompt in front; where there are several, they must say the same."""
+    for key in ("system", "system_prompt"):
+        system = row.get(key)
+        if system is None or system == "":
+            continue
+        if not turns or turns[0].role != "system":
+            turns = [_Turn("system", system, key), *turns]
+        elif turns[0].content != system:
+            raise RowError(key, f"a second system prompt beside {turns[0].field}", "one system prompt")
+    return turns
 
 
 def _history_turns(row: dict) -> list[_Turn]:

@@ -28,7 +28,16 @@ from datasets import Dataset, Features, IterableDataset, Value, concatenate_data
 from datasets.info import DatasetInfo
 from datasets.iterable_dataset import _BaseExamplesIterable
 
-from stagewise.data.files import START, BadRow, DataReport, Position, data_name, find_files, iter_rows
+from stagewise.data.files import (
+    START,
+    BadRow,
+    DataReport,
+    Position,
+    check_document_separator,
+    data_name,
+    find_files,
+    iter_rows,
+)
 from stagewise.data.records import RECORD_TYPES, RecordOptions, RowError, check_same_format, detect_format
 from stagewise.errors import InputError
 
@@ -104,6 +113,9 @@ class _Reader:
     options: RecordOptions
     document_separator: str = "blank_line"
     keep_linebreaks: bool = True
+
+    def __post_init__(self):
+        check_document_separator(self.document_separator)
 
     def read_file(
         self, path: Path, start: Position = START, file_format: str | None = None

@@ -58,8 +58,8 @@ class TemplateRenderer:
         split = [t for t in self.control_tokens if len(tokenizer(t, add_special_tokens=False).input_ids) != 1]
         if split:
             raise InputError(
-                f"--template_name {template.name}: {', '.join(split)} is not one token of this tokenizer, so the model "
-                "could not learn it as a control token; pass --add_template_tokens True (adds and trains them), or "
+                f"--template_name {template.name}: {', '.join(split)} is not one token of this tokenizer, so it "
+                "could not be learnt as a control token; pass --add_template_tokens True (adds and trains them), or "
                 "choose the template of this model family"
             )
 

@@ -31,7 +31,7 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
     if not tokenizer.is_fast:
         raise InputError(
             f"--tokenizer_name_or_path {name}: this tokenizer is not a fast one, and labels follow the character "
-            "offsets that only fast tokenizers give; convert it (AutoTokenizer with `tokenizers` files) or pass another"
+            "offsets that only fast tokenizers give; convert it (it needs a tokenizer.json) or pass another"
         )
     if tokenizer.eos_token is None:
         raise InputError(

@@ -12,11 +12,14 @@ from stagewise.errors import InputError
 logger = logging.getLogger(__name__)
 
 
-def attach_adapter(model: PreTrainedModel, args: LoraArguments, task_type: str = "CAUSAL_LM"):
+def attach_adapter(
+    model: PreTrainedModel, args: LoraArguments, task_type: str = "CAUSAL_LM", trains_new_tokens: bool = False
+):
     """A PeftModel whose adapter is trained, or the model itself with every parameter trained (--use_peft False).
 
     `--peft_path` starts from an old adapter's weights with a fresh optimizer: its rank and targets win over the flags.
-    Adapter weights are fp32 whatever the base is.
+    Adapter weights are fp32 whatever the base is. With `trains_new_tokens` the embedding and the head are trained in
+    full beside the adapter, or tokens that were added would stay random.
 
     Raises:
         InputError: --target_modules or --modules_to_save match nothing; --peft_path is no adapter or is for another
@@ -40,7 +43,7 @@ def attach_adapter(model: PreTrainedModel, args: LoraArguments, task_type: str =
             raise InputError(f"--peft_path {args.peft_path}: does not fit this base model: {error}") from error
     else:
         targets = target_modules(model, args.target_modules)
-        saved = modules_to_save(model, args.modules_to_save)
+        saved = modules_to_save(model, args.modules_to_save) or (embedding_names(model) if trains_new_tokens else None)
         tied = getattr(model.config, "tie_word_embeddings", False) and bool(saved)
         peft_model = get_peft_model(
             model,
@@ -88,6 +91,12 @@ def modules_to_save(model: nn.Module, spec: str | None) -> list[str] | None:
     names = [name.strip() for name in spec.split(",") if name.strip()]
     _require_modules(model, names, "--modules_to_save", linear_only=False)
     return names
+
+
+def embedding_names(model: PreTrainedModel) -> list[str]:
+    """The names of the input embedding and, where it is a module of its own, the head: embed_tokens, lm_head."""
+    wanted = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [path.rsplit(".", 1)[-1] for path, module in model.named_modules() if any(module is m for m in wanted)]
 
 
 def _require_modules(model: nn.Module, names: list[str], flag: str, linear_only: bool) -> None:

@@ -8,8 +8,8 @@ from transformers import TrainerCallback
 class SaveOnSignal(TrainerCallback):
     """The first SIGTERM or SIGINT saves a checkpoint after the step in hand and ends training; a second one kills.
 
-    `received` is the signal's number, or None. Every process of a group gets the signal from its launcher, and stops at
-    the same step because the flag is agreed on before each decision.
+    `received` is the signal's number, or None. Every process of a group gets the signal from its launcher, and stops
+    at the same step because the flag is agreed on before each decision.
     """
 
     def __init__(self):

@@ -9,7 +9,7 @@ from stagewise.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# Without one of these the Trainer resumes all the same, with a fresh optimizer or other random numbers: silently wrong.
+# Without one of these the Trainer resumes all the same, with a fresh optimizer or schedule: silently wrong.
 NEEDED = ("trainer_state.json", "scheduler.pt", "optimizer.pt")
 
 

@@ -27,10 +27,11 @@ logger = logging.getLogger(__name__)
 SECRETS = ("hf_hub_token", "hub_token", "push_to_hub_token")
 # What a run of ours leaves in output_dir, and so what --overwrite_output_dir may delete; anything else stays.
 OWN_FILES = (
-    "checkpoint-*", "logs", "adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json",
-    "model*.safetensors", "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "chat_template.jinja",
-    "added_tokens.json", "vocab.json", "merges.txt", "training_args.bin", "*_results.json", "trainer_state.json",
-    "*.png", "run_config.yaml", "data_report.json", "stage.json", "README.md",
+    "checkpoint-*", "logs", "adapter_config.json", "adapter_model.safetensors", "config.json",
+    "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*",
+    "special_tokens_map.json", "chat_template.jinja", "added_tokens.json", "vocab.json", "merges.txt",
+    "training_args.bin", "*_results.json", "trainer_state.json", "*.png", "run_config.yaml", "data_report.json",
+    "stage.json", "README.md",
 )  # fmt: skip
 
 

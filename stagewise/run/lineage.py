@@ -1,4 +1,4 @@
-"""stage.json: where a model comes from, so that the next stage takes over what it must and refuses what does not fit."""
+"""stage.json: where a model comes from, so that the next stage takes over what it must and refuses what is wrong."""
 
 import hashlib
 import json

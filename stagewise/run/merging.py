@@ -59,7 +59,7 @@ def named_dtype(name: str) -> torch.dtype:
 
 
 def load_merge_tokenizer(tokenizer_path: str | None, lora_model: str, base_model: str, trust_remote_code: bool):
-    """The tokenizer of the merged model: --tokenizer_path, the adapter's, or the base's; with the adapter's chat template.
+    """--tokenizer_path, else the adapter's, else the base's tokenizer; with the adapter's chat template.
 
     Raises:
         InputError: the named tokenizer is smaller than the one the adapter was trained with.
@@ -206,8 +206,8 @@ def save_merged(
         }
         if report["saved"]["top1_agreement"] < min_agreement:
             raise InputError(
-                f"the merged model's first choices agree with base + adapter in {report['saved']['top1_agreement']:.1%} "
-                f"of the positions only (update lost to rounding: {report['update_lost']:.0%}); try --dtype float32"
+                "the merged model's first choices agree with base + adapter in "
+                f"{report['saved']['top1_agreement']:.1%} of the positions only (update lost to rounding: {report['update_lost']:.0%}); try --dtype float32"
             )
         stage = lineage.read_stage(lora_model) or {"base_model": base_model}
         known = {key: value for key, value in stage.items() if key not in ("versions", "created")}

@@ -20,8 +20,8 @@ class CausalLMTrainer(Trainer):
     real tokens of all processes over wall-clock time without evaluations and checkpoints.
 
     Args:
-        dataset_names: names that `dataset_id` in a batch refers to; where the evaluation set mixes several, each has its
-            own loss and perplexity in the report.
+        dataset_names: names that `dataset_id` in a batch refers to; where the evaluation set mixes several, each has
+            its own loss and perplexity in the report.
         min_lr: the learning rate never falls below it: lr = max(schedule, min_lr).
     """
 
