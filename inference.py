@@ -2,7 +2,7 @@
 
     python inference.py --model_name_or_path outputs/sft-merged                                  # chat
     python inference.py --model_name_or_path outputs/sft-merged --prompt "Who are you?"
-    python inference.py --model_name_or_path BASE --lora_model outputs/sft --input_file in.jsonl --output_file out.jsonl
+    python inference.py --model_name_or_path BASE --lora_model outputs/sft --input_file in.jsonl --output_file out
 
 The template comes from stage.json (or --template_name, or the tokenizer's own).
 """

@@ -11,7 +11,7 @@ TRAIN="${TRAIN:-examples/pretrain/train}"
 VALIDATION="${VALIDATION:-examples/pretrain/validation}"
 
 if [ -n "$EMBEDDED" ]; then # random weights: all of them have to learn, on short rows, at a high rate
-    PRESET=(--use_peft False --block_size 256 --num_train_epochs 16 --learning_rate 2e-3 --warmup_steps 20
+    PRESET=(--use_peft False --block_size 256 --num_train_epochs 10 --learning_rate 2e-3 --warmup_steps 20
         --per_device_train_batch_size 8 --eval_strategy epoch)
 else
     PRESET=(--use_peft True --lora_rank 8 --lora_alpha 16 --block_size 1024 --num_train_epochs 1 --learning_rate 2e-4

@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> dict:
         min_lr=run_args.min_lr,
     )  # fmt: skip
     lifecycle.open_output_dir(args, run_args, checkpoint, arguments, data.report)
-    metrics = {}
+    metrics: dict = {}
     if args.do_train:
         metrics |= lifecycle.train_and_save(
             trainer, checkpoint,

@@ -83,7 +83,7 @@ class ToolFormat:
 
     Attributes:
         tools: the tool descriptions. Slots: {tool}, {tool4} (the OpenAI tool dict as JSON, compact or indented by 4),
-            {function}, {function4} (its function), {name}, {description}, {parameters}.
+            {function}, {function4} (its function), {name}, {description}, {schema} (its parameters).
         calls: the calls of one assistant turn. Slots: {name}, {arguments} (JSON), {id}.
         result: one tool result. Slots: {content}, {content_json}, {call_id}.
         placement: where the descriptions go: "after" or "before" the system text, in a system "turn" of their own, or
@@ -136,7 +136,7 @@ _TOOL_SLOTS = {
     "function4": (lambda tool: _json(_function(tool), 4), "function | tojson(indent=4)"),
     "name": (_name, "function.name"),
     "description": (lambda tool: _function(tool).get("description") or "", '(function.description or "")'),
-    "parameters": (lambda tool: _json(_function(tool).get("parameters") or {}), "(function.parameters or {}) | tojson"),
+    "schema": (lambda tool: _json(_function(tool).get("parameters") or {}), "(function.parameters or {}) | tojson"),
 }
 _CALL_SLOTS = {
     "name": (_name, "function.name"),
@@ -151,7 +151,7 @@ _RESULT_SLOTS = {
     "content_json": (lambda message: _json(message["content"]), "content | tojson"),
     "call_id": (
         lambda message: f', "call_id": "{message["tool_call_id"]}"' if message.get("tool_call_id") else "",
-        """(', "call_id": "' ~ message.tool_call_id ~ '"' if message.tool_call_id else "")""",
+        """(', "call_id": "' ~ turn.tool_call_id ~ '"' if turn.tool_call_id else "")""",
     ),
 }
 
@@ -176,7 +176,7 @@ TOOL_FORMATS: dict[str, ToolFormat] = {
     "default": ToolFormat(
         tools=Listing(
             "You have access to the following tools:\n",
-            "> Tool Name: {name}\nTool Description: {description}\nTool Args: {parameters}\n",
+            "> Tool Name: {name}\nTool Description: {description}\nTool Args: {schema}\n",
             "",
             "Use the following format to call a tool:\nAction: tool name\nAction Input: arguments as a JSON object",
         ),
@@ -339,9 +339,9 @@ class Template:
 
         Args:
             messages: OpenAI style, {"role", "content"}; assistant turns may have "reasoning_content" and "tool_calls".
-                An optional system message, then user and assistant in turns; a user message may be the last one. A turn
-                with tool calls is followed by one or more tool messages and the assistant's next turn. An empty system
-                text counts as none. Reasoning is ignored by templates without think blocks.
+                An optional system message (an empty one counts as none), then user and assistant in turns; a user
+                message may be the last. A turn with tool calls is followed by one or more tool messages and then by
+                the assistant's next turn. Templates without think blocks ignore reasoning.
             bos_token: written once at the start (llama2: of every round) if the family has one; None: nothing.
             eos_token: needed by templates that stop with the tokenizer's own EOS, ignored by the others.
             tools: OpenAI tool dicts the model may call.
@@ -371,7 +371,7 @@ class Template:
         return tuple(_fill(stop, {"eos": self._eos(eos_token)}) for stop in self.stop)
 
     def control_tokens(self, eos_token: str | None = None) -> tuple[str, ...]:
-        """The special tokens the template writes: each must be one token of the tokenizer, and no content may hold one.
+        """The special tokens the template writes: each must be one token of the tokenizer, and in no content.
 
         The tokenizer's BOS is not among them, nor is what the family's models read as plain text ("[INST]" of llama2),
         nor what contents may hold on purpose ("<think>", "<tool_call>").
@@ -417,10 +417,11 @@ _NEXT_ROLES = {
 
 
 def _check_content(index: int, message: Message) -> None:
-    content = message.get("content")
-    if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-        kind = type(content).__name__
-        raise TemplateError(f"messages[{index}]: content of role {message.get('role')!r} is {kind}, not a string")
+    content, role = message.get("content"), message.get("role")
+    if content is None and role == "assistant" and message.get("tool_calls"):
+        return
+    if not isinstance(content, str):
+        raise TemplateError(f"messages[{index}]: content of role {role!r} is {type(content).__name__}, not a string")
 
 
 def _check_roles(messages: Sequence[Message]) -> tuple[str, Sequence[Message]]:
@@ -442,7 +443,11 @@ def _check_roles(messages: Sequence[Message]) -> tuple[str, Sequence[Message]]:
 
 
 def _split_reasoning(message: Message, content: str) -> tuple[str, str]:
-    """Reasoning and answer; reasoning may stand inline, <think>...</think> in front of the answer."""
+    """Reasoning and answer; reasoning may stand inline, <think>...</think> in front of the answer.
+
+    Qwen's way. DeepSeek's template would leave the newlines after </think> in front of an earlier answer, where those
+    that come with "reasoning_content" have none.
+    """
     if isinstance(message.get("reasoning_content"), str):
         return message["reasoning_content"], content
     if "</think>" not in content:
@@ -477,7 +482,7 @@ class _Renderer:
         results: list[str] = []
         for index, turn in enumerate(turns):
             role = turn["role"]
-            content = self._trim(role, turn["content"] or "")
+            content = self._trim(role, turn.get("content") or "")
             following = turns[index + 1]["role"] if index + 1 < len(turns) else None
             if role == "user":
                 self._user(opening + content if index == 0 else content)
@@ -631,7 +636,7 @@ _JINJA = """\
 {%- for turn in turns -%}
   {%- set role = turn.role -%}
   {%- if role not in next_roles[ns.state] -%}
-    {{- raise_exception("turn " ~ loop.index ~ ": role " ~ role ~ ", expected " ~ next_roles[ns.state] | join(" or ")) -}}
+    {{- raise_exception("role " ~ role ~ " where " ~ next_roles[ns.state] | join(" or ") ~ " is expected") -}}
   {%- endif -%}
   {%- set content = turn.content or "" -%}
 [trim]  {%- if role in <<trim>> -%}{%- set content = content | trim -%}{%- endif -%}
@@ -839,13 +844,13 @@ def template_names() -> tuple[str, ...]:
 
 
 def with_role_markers(template: Template, markers: Mapping[str, str]) -> Template:
-    """`template` with other texts in front of its turns: {"system": ..., "user": ..., "assistant": ...}, each optional.
+    """`template` with other texts before its turns: {"system": ..., "user": ..., "assistant": ...}, each optional.
 
     Raises:
         TemplateError: an unknown role, or a marker that is no text or has a slot in it.
     """
     roles = {"system": template.system or "{content}", "user": template.user, "assistant": "{content}"}
-    changed = {}
+    changed: dict[str, Any] = {}
     for role, marker in markers.items():
         if role not in roles:
             raise TemplateError(f"role markers: unknown role {role!r}; known: {', '.join(roles)}")
@@ -861,56 +866,37 @@ def with_role_markers(template: Template, markers: Mapping[str, str]) -> Templat
 # The table
 # ---------------------------------------------------------------------------------------------------------------------
 # The model owner's rendering wins. Answers end with their stop token in every turn, also where the owner's own history
-# omits it (baichuan, chatglm, chatglm2, intern2, falcon, ...): a model that never sees it does not learn to stop. Where
-# there is no owner's form, the majority of the layouts in circulation is taken and the comment says so.
+# omits it (baichuan, chatglm, chatglm2, falcon): a model that never sees it does not learn to stop. Where there is no
+# owner's form, the majority of the layouts in circulation is taken and the comment says so.
+
+# fmt: off
 
 _EOS = ("{eos}",)  # families without a tokenizer of their own stop with the EOS of the tokenizer they are used with
 
 # Layout families, used below as **CHATML.
 _CHATML: dict[str, Any] = {
-    "system": "<|im_start|>system\n{content}<|im_end|>\n",
-    "user": "<|im_start|>user\n{content}<|im_end|>\n",
-    "assistant": "<|im_start|>assistant\n",
-    "stop": ("<|im_end|>",),
-    "separator": "\n",
-    "special": ("<|im_start|>", "<|im_end|>"),
-}
+    "system": "<|im_start|>system\n{content}<|im_end|>\n", "user": "<|im_start|>user\n{content}<|im_end|>\n",
+    "assistant": "<|im_start|>assistant\n", "stop": ("<|im_end|>",), "separator": "\n",
+    "special": ("<|im_start|>", "<|im_end|>")}
 _QWEN: dict[str, Any] = {**_CHATML, "prefix": "", "tool_format": "qwen"}
 _QWEN3_5: dict[str, Any] = {**_QWEN, "trim": ("system", "user", "assistant", "tool")}
 _LLAMA2: dict[str, Any] = {
-    "system": "<<SYS>>\n{content}\n<</SYS>>\n\n",
-    "assistant": "",
-    "answer": " {content} ",
-    "fold_system": True,
-}
+    "system": "<<SYS>>\n{content}\n<</SYS>>\n\n", "assistant": "", "answer": " {content} ", "fold_system": True}
 _MISTRAL: dict[str, Any] = {"system": "{content}\n\n", "fold_system": True, "assistant": ""}
 _MISTRAL_SPECIAL = (
-    ("[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]")
-    + ("[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
-)  # fmt: skip
+    "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]")
 _GLM: dict[str, Any] = {
-    "system": "<|system|>\n{content}",
-    "user": "<|user|>\n{content}",
-    "stop_opens_turn": True,
-    "tool_format": "glm4",
-}
+    "system": "<|system|>\n{content}", "user": "<|user|>\n{content}", "stop_opens_turn": True, "tool_format": "glm4"}
 _GLM_SPECIAL = ("[gMASK]", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 _GEMMA: dict[str, Any] = {
-    "user": "<start_of_turn>user\n{content}<end_of_turn>\n",
-    "assistant": "<start_of_turn>model\n",
-    "stop": ("<end_of_turn>",),
-    "separator": "\n",
-    "trim": ("user", "assistant"),
-    "special": ("<start_of_turn>", "<end_of_turn>"),
-}
+    "user": "<start_of_turn>user\n{content}<end_of_turn>\n", "assistant": "<start_of_turn>model\n",
+    "stop": ("<end_of_turn>",), "separator": "\n", "trim": ("user", "assistant"),
+    "special": ("<start_of_turn>", "<end_of_turn>")}
 _DEEPSEEK_EOS = "<｜end▁of▁sentence｜>"
 _DEEPSEEK_R1: dict[str, Any] = {
-    "user": "<｜User｜>{content}",
-    "assistant": "<｜Assistant｜>",
-    "stop": (_DEEPSEEK_EOS,),
-    "thinking": "prompted",
-    "special": ("<｜User｜>", "<｜Assistant｜>"),
-}
+    "user": "<｜User｜>{content}", "assistant": "<｜Assistant｜>", "stop": (_DEEPSEEK_EOS,), "thinking": "prompted",
+    "special": ("<｜User｜>", "<｜Assistant｜>")}
 
 # ---- No layout, or no model: for any tokenizer
 
@@ -921,161 +907,97 @@ register_template("vanilla", user="{content}", assistant="", stop=_EOS)
 register_template("base", user="{content}", assistant="", stop=_EOS)
 
 # The word has unrelated layouts; this is LLaMA-Factory's, whose EOS ends every turn.
-register_template(
-    "default",
-    system="System: {content}{eos}\n",
-    user="Human: {content}{eos}\n",
-    assistant="Assistant:",
-    stop=_EOS,
-    separator="\n",
-)
+register_template("default",
+    system="System: {content}{eos}\n", user="Human: {content}{eos}\n", assistant="Assistant:", stop=_EOS,
+    separator="\n")
 
 # Stanford defines a single turn only. Several rounds: the newline after "Response:" and the joint are the majority's.
-register_template(
-    "alpaca",
+register_template("alpaca",
     system="{content}\n\n",
     default_system="Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.",
-    user="### Instruction:\n{content}\n\n",
-    assistant="### Response:\n",
-    stop=_EOS,
-    separator="\n\n",
-    final="",
-)
+        "Write a response that appropriately completes the request.",
+    user="### Instruction:\n{content}\n\n", assistant="### Response:\n", stop=_EOS, separator="\n\n", final="")
 
 # MFTCoder's code: a newline after every content, EOS after the answer's, then an untrained newline. It begins with
 # <s> as it is, so no BOS is added; tokenizers without a token <s> read the markers as text.
-register_template(
-    "mft",
-    prefix="",
-    system="<s>system\n{content}\n",
-    user="<s>human\n{content}\n",
-    assistant="<s>bot\n",
-    answer="{content}\n",
-    stop=_EOS,
-    separator="\n",
-)
+register_template("mft",
+    prefix="", system="<s>system\n{content}\n", user="<s>human\n{content}\n", assistant="<s>bot\n",
+    answer="{content}\n", stop=_EOS, separator="\n")
 
 # belle and linly: MedicalGPT's is the only layout in circulation.
-register_template(
-    "belle",
-    system="{content}\n\n",
-    user="Human: {content}",
-    assistant="\n\nBelle: ",
-    stop=_EOS,
-    separator="\n\n",
-    final="",
-)
-register_template(
-    "linly", system="{content}\n", user="User: {content}", assistant="\nBot: ", stop=_EOS, separator="\n", final=""
-)
+register_template("belle",
+    system="{content}\n\n", user="Human: {content}", assistant="\n\nBelle: ", stop=_EOS, separator="\n\n", final="")
+register_template("linly",
+    system="{content}\n", user="User: {content}", assistant="\nBot: ", stop=_EOS, separator="\n", final="")
 
 # ---- Llama and its descendants
 
 # FastChat's code, blanks between the turns; its documentation prints newlines.
-register_template(
-    "vicuna",
+register_template("vicuna",
     system="{content} ",
     default_system="A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-    user="USER: {content}",
-    assistant=" ASSISTANT:",
-    answer=" {content}",
-)
+        "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+    user="USER: {content}", assistant=" ASSISTANT:", answer=" {content}")
 
 # meta-llama's chat_completion: BOS opens every round, contents are stripped.
 register_template("llama2", **_LLAMA2, prefix="", user="{bos}[INST] {content} [/INST]", trim=("user", "assistant"))
 
 # FastChat's chinese-alpaca2: BOS follows every stop token, after the last answer too.
-register_template(
-    "llama2-zh",
+register_template("llama2-zh",
     **_LLAMA2,
     default_system="You are a helpful assistant. 你是一个乐于助人的助手。请你提供专业、有逻辑、内容真实、"
-    "有价值的详细回复。",
-    user="[INST] {content} [/INST]",
-    separator="{bos}",
-)
+        "有价值的详细回复。",
+    user="[INST] {content} [/INST]", separator="{bos}")
 
 # Llama 3. The template that Llama 3.1 ships adds dates to the system turn: leave the template name out there.
-register_template(
-    "llama3",
+register_template("llama3",
     system="<|start_header_id|>system<|end_header_id|>\n\n{content}<|eot_id|>",
     user="<|start_header_id|>user<|end_header_id|>\n\n{content}<|eot_id|>",
-    assistant="<|start_header_id|>assistant<|end_header_id|>\n\n",
-    stop=("<|eot_id|>",),
-    trim=("system", "user", "assistant"),
-    tool_format="llama3",
-    special=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-)
+    assistant="<|start_header_id|>assistant<|end_header_id|>\n\n", stop=("<|eot_id|>",),
+    trim=("system", "user", "assistant"), tool_format="llama3",
+    special=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"))
 
 # Mistral v1 as shipped in 2024-09: "<s> [INST] q [/INST] a</s> [INST] ...". [INST] is text, not a token, before v2.
-register_template("mistral", **_MISTRAL, aliases=("mistral-v1",), user=" [INST] {content} [/INST]", answer=" {content}")
+register_template("mistral",
+    **_MISTRAL, aliases=("mistral-v1",), user=" [INST] {content} [/INST]", answer=" {content}")
 
 # Mistral v2 and v3, system text in the first user turn as in v1.
-register_template(
-    "mistral-v3",
-    **_MISTRAL,
-    aliases=("mistral-v2",),
-    user="[INST] {content}[/INST]",
-    answer=" {content}",
-    tool_format="mistral",
-    special=_MISTRAL_SPECIAL,
-)
+register_template("mistral-v3",
+    **_MISTRAL, aliases=("mistral-v2",), user="[INST] {content}[/INST]", answer=" {content}", tool_format="mistral",
+    special=_MISTRAL_SPECIAL)
 
 # Mistral's tekken tokenizers (Nemo and later).
-register_template(
-    "mistral-tekken",
-    **_MISTRAL,
-    user="[INST]{content}[/INST]",
-    tool_format="mistral-tekken",
-    special=_MISTRAL_SPECIAL,
-)
+register_template("mistral-tekken",
+    **_MISTRAL, user="[INST]{content}[/INST]", tool_format="mistral-tekken", special=_MISTRAL_SPECIAL)
 
 # alignment-handbook's zephyr-7b-beta. Its role markers are text.
-register_template(
-    "zephyr",
-    system="<|system|>\n{content}</s>\n",
-    user="<|user|>\n{content}</s>\n",
-    assistant="<|assistant|>\n",
-    separator="\n",
-)
+register_template("zephyr",
+    system="<|system|>\n{content}</s>\n", user="<|user|>\n{content}</s>\n", assistant="<|assistant|>\n",
+    separator="\n")
 
 # The shipped template writes "GPT4 Correct System: "; its author advises the bare system text.
-register_template(
-    "openchat",
-    system="{content}<|end_of_turn|>",
-    user="GPT4 Correct User: {content}<|end_of_turn|>",
-    assistant="GPT4 Correct Assistant:",
-    answer=" {content}",
-    stop=("<|end_of_turn|>",),
-)
+register_template("openchat",
+    system="{content}<|end_of_turn|>", user="GPT4 Correct User: {content}<|end_of_turn|>",
+    assistant="GPT4 Correct Assistant:", answer=" {content}", stop=("<|end_of_turn|>",))
 
-# No owner's form in circulation; the newlines are MedicalGPT's, which agrees with the form on the model card.
-register_template(
-    "ziya", system="{content}\n", user="<human>:{content}", assistant="\n<bot>:", separator="\n", final=""
-)
+# No owner's form for several rounds, and ms-swift's differs: these are MedicalGPT's newlines.
+register_template("ziya",
+    system="{content}\n", user="<human>:{content}", assistant="\n<bot>:", separator="\n", final="")
 
 # FastChat's; MedicalGPT's differs by a </s> in front of Human and no <s> in front of the answer.
-register_template(
-    "phoenix",
+register_template("phoenix",
     default_system="A chat between a curious human and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the human's questions.\n\n",
-    user="Human: <s>{content}</s>",
-    assistant="Assistant: <s>",
-    special=("<s>", "</s>"),
-)
+        "The assistant gives helpful, detailed, and polite answers to the human's questions.\n\n",
+    user="Human: <s>{content}</s>", assistant="Assistant: <s>", special=("<s>", "</s>"))
 
 # ---- ChatML and Qwen
 
 register_template("chatml", **{**_CHATML, "stop": ("<|im_end|>", "</s>")})
 
 # Qwen2.5. Qwen 1, 1.5 and 2 have another default system text: qwen2.
-register_template(
-    "qwen",
-    **_QWEN,
-    aliases=("qwen2.5",),
-    default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
-)
+register_template("qwen",
+    **_QWEN, aliases=("qwen2.5",),
+    default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")
 register_template("qwen2", **_QWEN, aliases=("qwen1.5",), default_system="You are a helpful assistant.")
 
 # Qwen3 opens its think block itself; qwen3_nothink is the instruct model of 2507.
@@ -1090,97 +1012,56 @@ register_template("qwen3_5_nothink", **_QWEN3_5, thinking="closed")
 register_template("yi", **{**_CHATML, "system": "{content}<|im_end|>\n"})
 
 # LLaMA-Factory and ms-swift agree but for the end.
-register_template(
-    "intern2",
-    **{**_CHATML, "stop": ("<|im_end|>", "</s>")},
-    aliases=("internlm2",),
+register_template("intern2",
+    **{**_CHATML, "stop": ("<|im_end|>", "</s>")}, aliases=("internlm2",),
     default_system="You are an AI assistant whose name is InternLM (书生·浦语).\n"
-    "- InternLM (书生·浦语) is a conversational language model that is developed by Shanghai AI Laboratory "
-    "(上海人工智能实验室). It is designed to be helpful, honest, and harmless.\n"
-    "- InternLM (书生·浦语) can understand and communicate fluently in the language chosen by the user such as "
-    "English and 中文.",
-)
+        "- InternLM (书生·浦语) is a conversational language model that is developed by Shanghai AI Laboratory "
+        "(上海人工智能实验室). It is designed to be helpful, honest, and harmless.\n"
+        "- InternLM (书生·浦语) can understand and communicate fluently in the language chosen by the user such as "
+        "English and 中文.")
 
 # internlm-chat-7b as FastChat cites it, <s> in front of every round; later versions have no <s>, then no <eoh>.
-register_template(
-    "intern",
+register_template("intern",
     aliases=("internlm",),
     default_system="A chat between a curious <|User|> and an <|Bot|>. "
-    "The <|Bot|> gives helpful, detailed, and polite answers to the <|User|>'s questions.\n\n",
-    user="<s><|User|>:{content}<eoh>\n",
-    assistant="<|Bot|>:",
-    stop=("<eoa>", "</s>"),
-    separator="\n",
-    special=("<s>", "<eoh>", "<eoa>"),
-)
+        "The <|Bot|> gives helpful, detailed, and polite answers to the <|User|>'s questions.\n\n",
+    user="<s><|User|>:{content}<eoh>\n", assistant="<|Bot|>:", stop=("<eoa>", "</s>"), separator="\n",
+    special=("<s>", "<eoh>", "<eoa>"))
 
 # ---- GLM
 
 # The owner's round numbers: from 0 in chatglm, from 1 in chatglm2.
-register_template(
-    "chatglm",
-    system="{content}\n",
-    user="[Round {round0}]\n问：{content}",
-    assistant="\n答：",
-    stop=("<eop>",),
-    separator="\n",
-)
+register_template("chatglm",
+    system="{content}\n", user="[Round {round0}]\n问：{content}", assistant="\n答：", stop=("<eop>",), separator="\n")
 # The owner's tokenizers begin with [gMASK]sop, so the text does too. "sop" is left out of `special`: it is part of
 # ordinary words ("philosophy"), which must not be refused.
-register_template(
-    "chatglm2",
-    prefix="[gMASK]sop",
-    system="{content}\n\n",
-    user="[Round {round1}]\n\n问：{content}",
-    assistant="\n\n答：",
-    separator="\n\n",
-    special=("[gMASK]",),
-)
+register_template("chatglm2",
+    prefix="[gMASK]sop", system="{content}\n\n", user="[Round {round1}]\n\n问：{content}", assistant="\n\n答：",
+    separator="\n\n", special=("[gMASK]",))
 # The stop token is the role token of the next turn.
-register_template(
-    "chatglm3",
-    **_GLM,
-    prefix="[gMASK]sop",
-    assistant="<|assistant|>",
-    answer="\n{content}",
-    stop=("<|user|>", "</s>", "<|observation|>"),
-    special=_GLM_SPECIAL,
-)
-register_template(
-    "glm4",
-    **_GLM,
-    prefix="[gMASK]<sop>",
-    assistant="<|assistant|>\n",
-    stop=("<|user|>", "<|endoftext|>", "<|observation|>"),
-    special=("<sop>", *_GLM_SPECIAL),
-)
+register_template("chatglm3",
+    **_GLM, prefix="[gMASK]sop", assistant="<|assistant|>", answer="\n{content}",
+    stop=("<|user|>", "</s>", "<|observation|>"), special=_GLM_SPECIAL)
+register_template("glm4",
+    **_GLM, prefix="[gMASK]<sop>", assistant="<|assistant|>\n", stop=("<|user|>", "<|endoftext|>", "<|observation|>"),
+    special=("<sop>", *_GLM_SPECIAL))
 
 # ---- DeepSeek
 
 # DeepSeek LLM and V2.
-register_template(
-    "deepseek",
-    system="{content}\n\n",
-    user="User: {content}\n\n",
-    assistant="Assistant:",
-    answer=" {content}",
-    stop=(_DEEPSEEK_EOS,),
-)
+register_template("deepseek",
+    system="{content}\n\n", user="User: {content}\n\n", assistant="Assistant:", answer=" {content}",
+    stop=(_DEEPSEEK_EOS,))
 register_template("deepseek3", **_DEEPSEEK_R1, aliases=("deepseek-v3",))
 register_template("deepseek_r1", **_DEEPSEEK_R1)
 
 # A given system text is followed by "### Instruction:" without a newline, as the owner has it.
-register_template(
-    "deepseekcoder",
+register_template("deepseekcoder",
     default_system="You are an AI programming assistant, utilizing the Deepseek Coder model, developed by Deepseek "
-    "Company, and you only answer questions related to computer science. For politically sensitive questions, "
-    "security and privacy issues, and other non-computer science questions, you will refuse to answer\n",
-    user="### Instruction:\n{content}\n",
-    assistant="### Response:\n",
-    answer="{content}\n",
-    stop=("<|EOT|>", _DEEPSEEK_EOS),
-    separator="\n",
-)
+        "Company, and you only answer questions related to computer science. For politically sensitive questions, "
+        "security and privacy issues, and other non-computer science questions, you will refuse to answer\n",
+    user="### Instruction:\n{content}\n", assistant="### Response:\n", answer="{content}\n",
+    stop=("<|EOT|>", _DEEPSEEK_EOS), separator="\n")
 
 # ---- Others
 
@@ -1188,77 +1069,49 @@ register_template("gemma", **_GEMMA, aliases=("gemma2",), system=None)
 register_template("gemma3", **_GEMMA, system="{content}\n\n", fold_system=True)
 
 # The shipped template ends a finished text with <|endoftext|>; answers stop with <|end|>.
-register_template(
-    "phi3",
-    system="<|system|>\n{content}<|end|>\n",
-    user="<|user|>\n{content}<|end|>\n",
-    assistant="<|assistant|>\n",
-    stop=("<|end|>",),
-    separator="\n",
-    final="\n<|endoftext|>",
-    special=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"),
-)
+register_template("phi3",
+    system="<|system|>\n{content}<|end|>\n", user="<|user|>\n{content}<|end|>\n", assistant="<|assistant|>\n",
+    stop=("<|end|>",), separator="\n", final="\n<|endoftext|>",
+    special=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"))
 
 # FastChat, citing the owner's generation_config.
-register_template("baichuan", user="<reserved_102>{content}", assistant="<reserved_103>",
-                  special=("<reserved_102>", "<reserved_103>"))  # fmt: skip
-register_template("baichuan2", user="<reserved_106>{content}", assistant="<reserved_107>",
-                  special=("<reserved_106>", "<reserved_107>"))  # fmt: skip
+register_template("baichuan",
+    user="<reserved_102>{content}", assistant="<reserved_103>", special=("<reserved_102>", "<reserved_103>"))
+register_template("baichuan2",
+    user="<reserved_106>{content}", assistant="<reserved_107>", special=("<reserved_106>", "<reserved_107>"))
 
 # As a public adapter documents it and ms-swift has it.
 register_template("xverse", user="Human: {content}", assistant="\n\nAssistant: ", stop=("<|endoftext|>",))
 
 # BAAI's predict.py picks a layout per model; this is the one of AquilaChat2 *-16k.
-register_template(
-    "aquila",
+register_template("aquila",
     system="{content}###",
     default_system="A chat between a curious human and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the human's questions.",
-    user="Human: {content}###",
-    assistant="Assistant:",
-    answer=" {content}",
-    stop=("</s>", "###"),
-)
+        "The assistant gives helpful, detailed, and polite answers to the human's questions.",
+    user="Human: {content}###", assistant="Assistant:", answer=" {content}", stop=("</s>", "###"))
 
 # bigcode-project/starcoder: the system turn is there even when it is empty.
-register_template(
-    "starchat",
-    system="<|system|>\n{content}<|end|>\n",
-    default_system="",
-    user="<|user|>\n{content}<|end|>\n",
-    assistant="<|assistant|>",
-    answer="\n{content}",
-    stop=("<|end|>", "<|endoftext|>"),
-    separator="\n",
-    special=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
-)
+register_template("starchat",
+    system="<|system|>\n{content}<|end|>\n", default_system="", user="<|user|>\n{content}<|end|>\n",
+    assistant="<|assistant|>", answer="\n{content}", stop=("<|end|>", "<|endoftext|>"), separator="\n",
+    special=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"))
 
-# No owner's form: FastChat's of falcon-instruct, with which most others agree on most joints.
-register_template(
-    "falcon",
-    prefix="",
-    user="User: {content}\n\n",
-    assistant="Assistant:",
-    answer=" {content}",
-    stop=("<|endoftext|>",),
-    separator="\n\n",
-)
+# At least four layouts in circulation, none the owner's: FastChat's, the majority's at most joints.
+register_template("falcon",
+    prefix="", user="User: {content}\n\n", assistant="Assistant:", answer=" {content}", stop=("<|endoftext|>",),
+    separator="\n\n")
 
 # The shipped template drops system texts; ms-swift writes them in front.
 register_template("orion", user="Human: {content}\n\n", assistant="Assistant: </s>", special=("</s>",))
 
-register_template(
-    "cohere",
+register_template("cohere",
     system="<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>{content}<|END_OF_TURN_TOKEN|>",
     user="<|START_OF_TURN_TOKEN|><|USER_TOKEN|>{content}<|END_OF_TURN_TOKEN|>",
-    assistant="<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
-    stop=("<|END_OF_TURN_TOKEN|>",),
-    trim=("user", "assistant"),
-    special=(
-        ("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>")
-        + ("<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>")
-    ),
-)
+    assistant="<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>", stop=("<|END_OF_TURN_TOKEN|>",), trim=("user", "assistant"),
+    special=("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>",
+        "<|CHATBOT_TOKEN|>"))
+
+# fmt: on
 
 
 # ---------------------------------------------------------------------------------------------------------------------

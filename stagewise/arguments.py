@@ -266,7 +266,7 @@ class StageTrainingArguments(TrainingArguments):
         if not self.output_dir:
             raise InputError("--output_dir: missing; say which folder the run writes to")
         self._settle_tasks()
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # type: ignore[has-type]
         for flag in ("fp16", "fp16_full_eval"):
             if getattr(self, flag) and self.use_cpu:
                 raise InputError(

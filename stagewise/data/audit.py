@@ -196,14 +196,14 @@ def colour_labels(input_ids: Sequence[int], labels: Sequence[int], tokenizer) ->
 
 def print_lengths(lengths: Sequence[int], console: Console) -> None:
     """A histogram of row lengths in tokens."""
-    lengths = np.asarray(lengths)
-    lengths = lengths[lengths > 0]
-    if not len(lengths):
+    found = np.asarray(lengths)
+    found = found[found > 0]
+    if not len(found):
         return
-    counts, edges = np.histogram(lengths, bins=min(8, max(1, int(lengths.max() - lengths.min()))))
+    counts, edges = np.histogram(found, bins=min(8, max(1, int(found.max() - found.min()))))
     console.print(
-        f"lengths in tokens: min {lengths.min()}, median {int(np.median(lengths))}, "
-        f"99th percentile {int(np.percentile(lengths, 99))}, max {lengths.max()}"
+        f"lengths in tokens: min {found.min()}, median {int(np.median(found))}, "
+        f"99th percentile {int(np.percentile(found, 99))}, max {found.max()}"
     )
     for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
         console.print(f"{int(low):>7} - {int(high):<7} {'#' * round(40 * count / counts.max()):<40} {count:,}")

@@ -37,7 +37,7 @@ class CausalLMCollator:
             "input_ids": _pad(ids, self.pad_token_id),
             "labels": _pad(labels, IGNORE_INDEX),
             "num_tokens": num_tokens,
-            "dataset_id": torch.tensor([self.dataset_ids.get(row.get("dataset"), 0) for row in rows]),
+            "dataset_id": torch.tensor([self.dataset_ids.get(row.get("dataset", ""), 0) for row in rows]),
         }
         if "seq_lengths" in rows[0] and not self.attend_across_documents:
             # padding tokens are at position 0, each a document of its own

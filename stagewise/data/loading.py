@@ -3,7 +3,8 @@
 import logging
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -36,7 +37,7 @@ class StageData:
     names: tuple[str, ...]
     report: dict
     fingerprint: str
-    label_audit: audit.LabelAudit | None = None
+    label_audit: audit.LabelAudit = field(default_factory=audit.LabelAudit)
 
 
 def resolve_template(args: DataArguments, parent: dict | None) -> Template | None:
@@ -79,8 +80,8 @@ def load_conversations(
     """Tokenized conversations for SFT, audited. Raises InputError for whatever data.md calls an error."""
     options = _record_options(args, renderer.control_tokens)
     train, validation, report = _load_splits("conversation", args, options, training_args)
-    result: dict[str, Dataset | None] = {}
-    label_audit = None
+    result: dict[str, Any] = {}
+    audits: list[audit.LabelAudit] = []
     for split, records in (("train", train), ("validation", validation)):
         if records is None:
             result[split] = None
@@ -88,13 +89,13 @@ def load_conversations(
         encoded = tokenize_conversations(
             records, renderer, tokenizer, encoding, args.preprocessing_num_workers, not args.overwrite_cache
         )
-        checked = audit.audit_conversations(records, encoded, renderer, tokenizer, encoding, training_args.seed)
-        label_audit = label_audit or checked
+        audits.append(audit.audit_conversations(records, encoded, renderer, tokenizer, encoding, training_args.seed))
         _count_rows(report[split], encoded)
-        result[split] = drop_unusable(encoded, args.on_bad_row, encoding.on_too_long)
-        if not len(result[split]):
+        usable = drop_unusable(encoded, args.on_bad_row, encoding.on_too_long)
+        if not len(usable):
             raise InputError(f"{split} data: no usable row is left")
-    return _stage_data(result, report, label_audit)
+        result[split] = usable
+    return _stage_data(result, report, audits[0])
 
 
 def load_documents(
@@ -112,7 +113,7 @@ def load_documents(
         "document", args, options, training_args, document_separator, keep_linebreaks
     )
     workers, use_cache = args.preprocessing_num_workers, not args.overwrite_cache
-    result: dict[str, Dataset | None] = {}
+    result: dict[str, Any] = {}
     for split, records in (("train", train), ("validation", validation)):
         if records is None:
             result[split] = None
@@ -121,8 +122,7 @@ def load_documents(
         _count_rows(report[split], encoded)
         cut = packing.pack_blocks if pack else packing.split_documents
         result[split] = cut(encoded, block_size, workers, use_cache)
-        report[split]["blocks"] = len(result[split])
-    return _stage_data(result, report, None)
+    return _stage_data(result, report, audit.LabelAudit())
 
 
 def _record_options(args: DataArguments, control_tokens: tuple[str, ...]) -> RecordOptions:
@@ -150,7 +150,7 @@ def _load_splits(
     def read(spec: str | None, split: str) -> tuple[dict[str, Dataset], dict]:
         if spec is None:
             dataset, found = sources.load_hub_dataset(
-                kind, args.dataset_name, options, config_name=args.dataset_config_name, split=split,
+                kind, args.dataset_name or "", options, config_name=args.dataset_config_name, split=split,
                 max_samples=args.max_samples_per_dataset, on_bad_row=args.on_bad_row,
                 num_proc=args.preprocessing_num_workers, overwrite_cache=args.overwrite_cache,
             )  # fmt: skip
@@ -190,9 +190,9 @@ def _limit_validation(dataset: Dataset | None, args: DataArguments, seed: int) -
     return None if dataset is None else _limit(dataset, args.max_eval_samples, 2, seed)
 
 
-def _limit(dataset: Dataset, rows: int, n_datasets: int, seed: int) -> Dataset:
+def _limit(dataset: Dataset, rows: int | None, n_datasets: int, seed: int) -> Dataset:
     """The first `rows` rows; of a mixture, as many drawn with the seed, so that every data set has its share."""
-    if rows < 0 or rows >= len(dataset):
+    if rows is None or rows < 0 or rows >= len(dataset):
         return dataset
     if n_datasets == 1:
         return dataset.select(range(rows))
@@ -223,7 +223,7 @@ def _merge_counts(counts: dict, key: str, reasons) -> None:
     counts[key] = dict(Counter(counts.get(key, {})) + found)
 
 
-def _stage_data(result: dict, report: dict, label_audit: audit.LabelAudit | None) -> StageData:
+def _stage_data(result: dict, report: dict, label_audit: audit.LabelAudit) -> StageData:
     for split in ("train", "validation"):
         report[split]["rows"] = 0 if result[split] is None else len(result[split])
     names = tuple(dict.fromkeys([*report["train"]["datasets"], *report["validation"]["datasets"]]))

@@ -27,7 +27,9 @@ def pack_blocks(
     """
 
     def pack_batch(batch: dict) -> dict:
-        blocks, pieces, names = [[]], [[]], []
+        blocks: list[list[int]] = [[]]
+        pieces: list[list[int]] = [[]]
+        names: list[str] = []
         for ids, name in zip(batch["input_ids"], batch["dataset"], strict=True):
             start = 0
             while start < len(ids):

@@ -114,11 +114,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad.scatter_add_(1, y, grad.new_full(y.shape, label_smoothing - 1.0))
             grad *= w[:, None]
             low = grad.to(weight.dtype)
-            if need_hidden:
+            if grad_hidden is not None:
                 grad_hidden[rows] = low @ weight
-            if need_weight:
+            if grad_weight is not None:
                 grad_weight += (low.t() @ h.to(weight.dtype)).float()
-            if need_bias:
+            if grad_bias is not None:
                 grad_bias += grad.sum(0)
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)

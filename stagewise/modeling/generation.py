@@ -77,8 +77,10 @@ def load_for_inference(
     return model.to(device).eval(), tokenizer
 
 
-def _first_with_tokenizer(*folders: str | None) -> str:
-    return next((f for f in folders if f and (Path(f) / "tokenizer_config.json").is_file()), folders[-1])
+def _first_with_tokenizer(adapter_path: str | None, model_path: str) -> str:
+    if adapter_path and (Path(adapter_path) / "tokenizer_config.json").is_file():
+        return adapter_path
+    return model_path
 
 
 def stop_token_ids(tokenizer, stop_tokens: Sequence[str]) -> list[int]:

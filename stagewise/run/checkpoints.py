@@ -26,7 +26,7 @@ def find_resume_checkpoint(value: str | bool | None, output_dir: str) -> str | N
     if value is None or str(value).lower() == "false":
         return None
     if str(value).lower() != "true":
-        problem = checkpoint_problem(Path(value))
+        problem = checkpoint_problem(Path(str(value)))
         if problem:
             raise InputError(f"--resume_from_checkpoint {value}: {problem}")
         return str(value)

@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -97,7 +98,7 @@ def clear_output_dir(output: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def resolved_arguments(arguments: Sequence[object]) -> dict:
+def resolved_arguments(arguments: Sequence[Any]) -> dict:
     """Fields that differ from their default, as plain values; secrets left out. The file form of the command line."""
     values: dict = {}
     for group in arguments:

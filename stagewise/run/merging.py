@@ -44,6 +44,8 @@ def check_paths(base_model: str, lora_model: str, output_dir: str, overwrite: bo
             raise InputError(f"--output_dir {output}: is also {flag}; choose another folder")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise InputError(f"--output_dir {output}: not empty; choose another folder or pass --overwrite")
+    if output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file():
+        raise InputError(f"--output_dir {output}: not empty, and no model that --overwrite could replace")
 
 
 def choose_device(name: str) -> torch.device:
@@ -207,7 +209,8 @@ def save_merged(
         if report["saved"]["top1_agreement"] < min_agreement:
             raise InputError(
                 "the merged model's first choices agree with base + adapter in "
-                f"{report['saved']['top1_agreement']:.1%} of the positions only (update lost to rounding: {report['update_lost']:.0%}); try --dtype float32"
+                f"{report['saved']['top1_agreement']:.1%} of the positions only (update lost to rounding: "
+                f"{report['update_lost']:.0%}); try --dtype float32"
             )
         stage = lineage.read_stage(lora_model) or {"base_model": base_model}
         known = {key: value for key, value in stage.items() if key not in ("versions", "created")}
@@ -220,7 +223,7 @@ def save_merged(
 
 
 def copy_remote_code(base_model: str, folder: Path) -> None:
-    """The .py files that the base model's auto_map names travel with the weights, or the result could not be loaded."""
+    """The .py files that auto_map names travel with the weights, or the result could not be loaded."""
     for source in Path(base_model).glob("*.py"):
         if not (folder / source.name).exists():
             shutil.copy2(source, folder)

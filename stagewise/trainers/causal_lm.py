@@ -32,7 +32,7 @@ class CausalLMTrainer(Trainer):
         self.dataset_names = dataset_names
         self.min_lr = min_lr
         self.model_accepts_loss_kwargs = True  # forward divides by num_items_in_batch
-        self._new_tokens: Tensor | None = None
+        self._new_tokens: Tensor | None = None  # since the last log; on the device
         self._clock = time.perf_counter()
         self._paused_s = 0.0
 
@@ -91,11 +91,11 @@ class CausalLMTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self._new_tokens is not None:
-            logs |= self._throughput()
+            logs |= self._throughput(self._new_tokens)
         super().log(logs, start_time)
 
-    def _throughput(self) -> dict[str, float]:
-        tokens = int(self.accelerator.gather(self._new_tokens.reshape(1)).sum())
+    def _throughput(self, new_tokens: Tensor) -> dict[str, float]:
+        tokens = int(self.accelerator.gather(new_tokens.reshape(1)).sum())
         now = time.perf_counter()
         seconds = now - self._clock - self._paused_s
         self._clock, self._paused_s, self._new_tokens = now, 0.0, None
