@@ -10,14 +10,6 @@ With --config_name and --tokenizer_name_or_path in place of --model_name_or_path
 from dataclasses import dataclass, field
 from typing import Literal
 
-from stagewise.arguments import (
-    DataArguments,
-    LoraArguments,
-    ModelArguments,
-    RunArguments,
-    StageTrainingArguments,
-    parse_arguments,
-)
 from stagewise.run.exit_codes import run_script
 
 
@@ -44,6 +36,15 @@ class PTArguments:
 
 def main(argv: list[str] | None = None) -> dict:
     # 1. arguments
+    from stagewise.arguments import (
+        DataArguments,
+        LoraArguments,
+        ModelArguments,
+        RunArguments,
+        StageTrainingArguments,
+        parse_arguments,
+    )
+
     arguments = parse_arguments(
         ModelArguments, LoraArguments, DataArguments, RunArguments, PTArguments, StageTrainingArguments,
         argv=argv, prog="pretraining.py", description=__doc__,
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.run import lifecycle, lineage
     from stagewise.trainers.causal_lm import CausalLMTrainer
 
-    checkpoint = lifecycle.start_run(args, run_args)
+    checkpoint = lifecycle.start_run(args, run_args, pt_args.packing)
 
     # 2. tokenizer and template
     parent = lineage.read_stage(model_args.model_name_or_path)
@@ -78,12 +79,12 @@ def main(argv: list[str] | None = None) -> dict:
             pt_args.keep_linebreaks,
         )
     if run_args.dry_run:
-        return lifecycle.report_dry_run(args, data.report, len(data.train))
+        return lifecycle.report_dry_run(args, data.report, data.train)
 
     # 4. model
     model = load_causal_lm(model_args, tokenizer, not lora_args.use_peft, args.label_smoothing_factor)
     if isolate:
-        check_packing(model, loading.first_documents(data.train))
+        check_packing(model, loading.first_documents(data.sample))
     model = attach_adapter(model, lora_args)
 
     # 5. trainer: train, save, evaluate

@@ -3,6 +3,7 @@
 #   bash run_pipeline.sh                                  the embedded default: a tiny model, trained from scratch
 #   MODEL=Qwen/Qwen2.5-0.5B bash run_pipeline.sh          the same chain on a real model (adapters, merged between stages)
 #   OUTPUT_ROOT   where everything goes (outputs/pipeline)
+#   PT_FLAGS, SFT_FLAGS   more flags for a stage: SFT_FLAGS="--max_steps 100"
 set -euo pipefail
 cd "$(dirname "$0")"
 ROOT="${OUTPUT_ROOT:-outputs/pipeline}"
@@ -26,14 +27,14 @@ merge() { # merge BASE ADAPTER OUT
 }
 
 rm -f "$ROOT/seconds.txt"
-OUTPUT="$ROOT/pt" run pt bash run_pt.sh --eval_on_start True --overwrite_output_dir True
+OUTPUT="$ROOT/pt" run pt bash run_pt.sh --eval_on_start True --overwrite_output_dir True ${PT_FLAGS:-}
 if [ -f "$ROOT/pt/adapter_config.json" ]; then
     run pt-merge merge "$MODEL" "$ROOT/pt" "$ROOT/pt-merged"
     MODEL="$ROOT/pt-merged"
 else # trained in full: there is no adapter to merge
     MODEL="$ROOT/pt"
 fi
-OUTPUT="$ROOT/sft" run sft bash run_sft.sh --eval_on_start True --overwrite_output_dir True
+OUTPUT="$ROOT/sft" run sft bash run_sft.sh --eval_on_start True --overwrite_output_dir True ${SFT_FLAGS:-}
 run sft-merge merge "$MODEL" "$ROOT/sft" "$ROOT/sft-merged"
 for questions in questions identity_questions; do
     run "$questions" python inference.py --model_name_or_path "$ROOT/sft-merged" --max_new_tokens 64 \

@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 . ./setup_environment.sh
+install_requirements requirements.txt
 install_requirements requirements-dev.txt
 ruff check .
 ruff format --check .

@@ -7,14 +7,6 @@ r"""Supervised fine-tuning (SFT): conversations in, a model that answers in turn
 from dataclasses import dataclass, field
 from typing import Literal
 
-from stagewise.arguments import (
-    DataArguments,
-    LoraArguments,
-    ModelArguments,
-    RunArguments,
-    StageTrainingArguments,
-    parse_arguments,
-)
 from stagewise.run.exit_codes import run_script
 
 
@@ -47,6 +39,15 @@ class SFTArguments:
 
 def main(argv: list[str] | None = None) -> dict:
     # 1. arguments
+    from stagewise.arguments import (
+        DataArguments,
+        LoraArguments,
+        ModelArguments,
+        RunArguments,
+        StageTrainingArguments,
+        parse_arguments,
+    )
+
     arguments = parse_arguments(
         ModelArguments, LoraArguments, DataArguments, RunArguments, SFTArguments, StageTrainingArguments,
         argv=argv, prog="supervised_finetuning.py", description=__doc__,
@@ -55,14 +56,14 @@ def main(argv: list[str] | None = None) -> dict:
 
     from stagewise.data import audit, loading, tokenization
     from stagewise.data.collators import CausalLMCollator
-    from stagewise.data.packing import PackedDataset
+    from stagewise.data.packing import pack_rows
     from stagewise.modeling.attention import check_packing
     from stagewise.modeling.loading import load_causal_lm, load_tokenizer, row_limit
     from stagewise.modeling.lora import attach_adapter
     from stagewise.run import lifecycle, lineage
     from stagewise.trainers.causal_lm import CausalLMTrainer
 
-    checkpoint = lifecycle.start_run(args, run_args)
+    checkpoint = lifecycle.start_run(args, run_args, sft_args.packing)
 
     # 2. tokenizer and template
     parent = lineage.read_stage(model_args.model_name_or_path)
@@ -82,15 +83,15 @@ def main(argv: list[str] | None = None) -> dict:
     with args.main_process_first(desc="data"):
         data = loading.load_conversations(data_args, renderer, tokenizer, encoding, args)
     if args.should_log:
-        audit.print_audit(data.label_audit, data.train, tokenizer, sft_args.audit_rows)
-    train = PackedDataset(data.train, encoding.max_length) if sft_args.packing else data.train
+        audit.print_audit(data.label_audit, data.sample, tokenizer, sft_args.audit_rows)
+    train = pack_rows(data.train, encoding.max_length) if sft_args.packing else data.train
     if run_args.dry_run:
-        return lifecycle.report_dry_run(args, data.report, len(train))
+        return lifecycle.report_dry_run(args, data.report, train)
 
     # 4. model
     model = load_causal_lm(model_args, tokenizer, not lora_args.use_peft, args.label_smoothing_factor)
     if sft_args.packing:
-        check_packing(model, [data.train[i]["input_ids"] for i in train.bins[0][:3]])
+        check_packing(model, data.sample[:3]["input_ids"])
     model = attach_adapter(model, lora_args, trains_new_tokens=bool(new_tokens))
 
     # 5. trainer: train, save, evaluate

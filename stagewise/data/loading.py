@@ -3,7 +3,8 @@
 import logging
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,15 @@ from datasets import Dataset
 
 from stagewise.arguments import DataArguments
 from stagewise.data import audit, packing, sources
-from stagewise.data.records import RecordOptions
+from stagewise.data.records import Conversation, Document, RecordOptions
+from stagewise.data.streaming import RowStream
 from stagewise.data.tokenization import (
+    TOO_LONG,
     EncodingOptions,
     Renderer,
     drop_unusable,
+    encode_conversations,
+    encode_documents,
     tokenize_conversations,
     tokenize_documents,
 )
@@ -24,20 +29,25 @@ from template import Template, get_template
 
 logger = logging.getLogger(__name__)
 
+# How many records of a stream are audited before the first step.
+STREAM_SAMPLE_ROWS = 64
+
 
 @dataclass
 class StageData:
     """Tokenized rows and what is to be said about them.
 
-    report is what data_report.json holds; fingerprint identifies the training rows; names are the data sets' names.
+    names are the data sets' names; report is what data_report.json holds; fingerprint identifies the training rows;
+    sample is `train`, or of a stream its first rows.
     """
 
-    train: Dataset
+    train: Dataset | RowStream
     validation: Dataset | None
     names: tuple[str, ...]
     report: dict
     fingerprint: str
-    label_audit: audit.LabelAudit = field(default_factory=audit.LabelAudit)
+    label_audit: audit.LabelAudit
+    sample: Dataset
 
 
 def resolve_template(args: DataArguments, parent: dict | None) -> Template | None:
@@ -63,7 +73,7 @@ def add_template_tokens(template: Template | None, tokenizer) -> list[str]:
         for token in template.control_tokens(tokenizer.eos_token)
         if len(tokenizer(token, add_special_tokens=False).input_ids) != 1
     ]
-    tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_additional_special_tokens=False)
+    tokenizer.add_tokens(missing, special_tokens=True)
     if missing:
         logger.info("added to the vocabulary: %s", ", ".join(missing))
     return missing
@@ -79,23 +89,33 @@ def load_conversations(
 ) -> StageData:
     """Tokenized conversations for SFT, audited. Raises InputError for whatever data.md calls an error."""
     options = _record_options(args, renderer.control_tokens)
-    train, validation, report = _load_splits("conversation", args, options, training_args)
-    result: dict[str, Any] = {}
-    audits: list[audit.LabelAudit] = []
-    for split, records in (("train", train), ("validation", validation)):
-        if records is None:
-            result[split] = None
-            continue
+
+    def prepare(records: Dataset, found: dict) -> tuple[Dataset, audit.LabelAudit]:
         encoded = tokenize_conversations(
             records, renderer, tokenizer, encoding, args.preprocessing_num_workers, not args.overwrite_cache
         )
-        audits.append(audit.audit_conversations(records, encoded, renderer, tokenizer, encoding, training_args.seed))
-        _count_rows(report[split], encoded)
+        checked = audit.audit_conversations(records, encoded, renderer, tokenizer, encoding, training_args.seed)
+        _count_rows(found, encoded)
         usable = drop_unusable(encoded, args.on_bad_row, encoding.on_too_long)
         if not len(usable):
-            raise InputError(f"{split} data: no usable row is left")
-        result[split] = usable
-    return _stage_data(result, report, audits[0])
+            raise InputError(f"no usable row is left of {', '.join(found['datasets'])}")
+        return usable, checked
+
+    def encode(record: dict) -> list[dict]:
+        (row,) = encode_conversations([Conversation.from_json(record["record"])], renderer, tokenizer, encoding)
+        if not row.dropped:
+            return [{"input_ids": row.input_ids, "labels": row.labels, "dataset": record["dataset"]}]
+        if args.on_bad_row == "skip" or (encoding.on_too_long == "drop" and TOO_LONG in row.dropped):
+            return []
+        raise InputError(f"{record['location']}: {row.dropped}; mend the row, or pass --on_bad_row skip")
+
+    if args.streaming:
+        return _stream("conversation", args, options, training_args, prepare, encode)
+    train, validation, report = _load_splits("conversation", args, options, training_args)
+    train, checked = prepare(train, report["train"])
+    if validation is not None:
+        validation, _ = prepare(validation, report["validation"])
+    return _stage_data(train, validation, report, checked)
 
 
 def load_documents(
@@ -109,20 +129,100 @@ def load_documents(
 ) -> StageData:
     """Tokenized blocks for pretraining."""
     options = _record_options(args, ())
-    train, validation, report = _load_splits(
-        "document", args, options, training_args, document_separator, keep_linebreaks
-    )
     workers, use_cache = args.preprocessing_num_workers, not args.overwrite_cache
-    result: dict[str, Any] = {}
-    for split, records in (("train", train), ("validation", validation)):
-        if records is None:
-            result[split] = None
-            continue
+    text_files: dict[str, Any] = {"document_separator": document_separator, "keep_linebreaks": keep_linebreaks}
+
+    def prepare(records: Dataset, found: dict) -> tuple[Dataset, audit.LabelAudit]:
         encoded = tokenize_documents(records, tokenizer, workers, use_cache)
-        _count_rows(report[split], encoded)
+        _count_rows(found, encoded)
         cut = packing.pack_blocks if pack else packing.split_documents
-        result[split] = cut(encoded, block_size, workers, use_cache)
-    return _stage_data(result, report, audit.LabelAudit())
+        return cut(encoded, block_size, workers, use_cache), audit.LabelAudit()
+
+    def encode(record: dict) -> list[dict]:
+        ids = encode_documents([Document.from_json(record["record"]).text], tokenizer)[0]
+        cuts = range(0, len(ids), len(ids) if pack else block_size)
+        return [
+            {"input_ids": ids[cut : cut + block_size if not pack else None], "dataset": record["dataset"]}
+            for cut in cuts
+        ]
+
+    if args.streaming:
+        return _stream(
+            "document", args, options, training_args, prepare, encode, block_size if pack else None, text_files
+        )
+    train, validation, report = _load_splits("document", args, options, training_args, **text_files)
+    train, nothing = prepare(train, report["train"])
+    if validation is not None:
+        validation, _ = prepare(validation, report["validation"])
+    return _stage_data(train, validation, report, nothing)
+
+
+def _stream(
+    kind: str,
+    args: DataArguments,
+    options: RecordOptions,
+    training_args,
+    prepare,
+    encode,
+    block_size=None,
+    text_files=None,
+) -> StageData:
+    """Training rows as a RowStream, validation rows as always; the first records are audited beforehand."""
+    _check_streaming(args, training_args)
+
+    def open_stream():
+        streams, reports = sources.stream_records(
+            kind, sources.find_sources(args.train_file_dir or ""), options, **(text_files or {}),
+            max_samples_per_dataset=args.max_samples_per_dataset, on_bad_row=args.on_bad_row,
+        )  # fmt: skip
+        return sources.mix(streams, args.mix_strategy, _probabilities(args), _seed(training_args)), reports
+
+    records, reports = open_stream()
+    report: dict[str, Any] = {
+        "streaming": True,
+        "train": {"datasets": {name: {} for name in reports}},
+        "validation": {"datasets": {}},
+    }
+    head = Dataset.from_list(list(islice(open_stream()[0], STREAM_SAMPLE_ROWS)))
+    sample, checked = prepare(head, {"datasets": {name: {} for name in reports}})
+    validation = None
+    if training_args.do_eval:
+        held_out, found = _load_files(
+            kind, args.validation_file_dir, args, options, training_args, **(text_files or {})
+        )
+        report["validation"]["datasets"] = {name: each.to_dict() for name, each in found.items()}
+        limited = _limit(sources.mix(held_out), args.max_eval_samples, 2, _seed(training_args))
+        validation, _ = prepare(limited, report["validation"])
+    batch_rows = (
+        training_args.per_device_train_batch_size
+        * training_args.world_size
+        * training_args.gradient_accumulation_steps
+    )
+    train = RowStream(records, encode, batch_rows, block_size)
+    names = tuple(dict.fromkeys([*reports, *report["validation"]["datasets"]]))
+    return StageData(train, validation, names, report, "streaming", checked, sample)
+
+
+def _check_streaming(args: DataArguments, training_args) -> None:
+    """A stream has no length, and a data loader's worker processes would keep its place to themselves."""
+    for needed, message in (
+        (args.train_file_dir, "--streaming: reads files; pass --train_file_dir"),
+        (training_args.max_steps > 0, "--streaming: a stream has no length; pass --max_steps"),
+        (
+            args.validation_file_dir or not training_args.do_eval,
+            "--streaming: nothing can be split off a stream; pass --validation_file_dir, or --do_train True alone",
+        ),
+        (
+            training_args.dataloader_num_workers == 0,
+            "--dataloader_num_workers: with --streaming the place in the data would be lost; leave it at 0",
+        ),
+        (
+            args.max_train_samples == -1,
+            "--max_train_samples: with --streaming use --max_steps or --max_samples_per_dataset",
+        ),
+    ):
+        if not needed:
+            raise InputError(message)
 
 
 def _record_options(args: DataArguments, control_tokens: tuple[str, ...]) -> RecordOptions:
@@ -145,30 +245,16 @@ def _load_splits(
     keep_linebreaks: bool = True,
 ) -> tuple[Dataset, Dataset | None, dict]:
     """(training records, validation records or None, report): read, split where nothing is named, mixed, limited."""
-    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
-
-    def read(spec: str | None, split: str) -> tuple[dict[str, Dataset], dict]:
-        if spec is None:
-            dataset, found = sources.load_hub_dataset(
-                kind, args.dataset_name or "", options, config_name=args.dataset_config_name, split=split,
-                max_samples=args.max_samples_per_dataset, on_bad_row=args.on_bad_row,
-                num_proc=args.preprocessing_num_workers, overwrite_cache=args.overwrite_cache,
-            )  # fmt: skip
-            return {found.dataset: dataset}, {found.dataset: found}
-        return sources.load_records(
-            kind, sources.find_sources(spec), options,
-            document_separator=document_separator, keep_linebreaks=keep_linebreaks,
-            max_samples_per_dataset=args.max_samples_per_dataset if split == "train" else None,
-            on_bad_row=args.on_bad_row, num_proc=args.preprocessing_num_workers,
-            overwrite_cache=args.overwrite_cache and training_args.process_index == 0,
-        )  # fmt: skip
-
-    train, train_reports = read(args.train_file_dir, "train")
+    seed = _seed(training_args)
+    text_files: dict[str, Any] = {"document_separator": document_separator, "keep_linebreaks": keep_linebreaks}
+    train, train_reports = _load_files(kind, args.train_file_dir, args, options, training_args, **text_files)
     validation_reports: dict = {}
     if args.validation_file_dir:
         if args.validation_file_dir == args.train_file_dir:
             logger.warning("--validation_file_dir is --train_file_dir: the run evaluates on what it trains on")
-        validation, validation_reports = read(args.validation_file_dir, "validation")
+        validation, validation_reports = _load_files(
+            kind, args.validation_file_dir, args, options, training_args, **text_files
+        )
     elif training_args.do_eval:
         train, validation = sources.split_validation(train, args.validation_split_percentage, seed)
     else:
@@ -177,17 +263,40 @@ def _load_splits(
         "train": {"datasets": {name: found.to_dict() for name, found in train_reports.items()}},
         "validation": {"datasets": {name: found.to_dict() for name, found in validation_reports.items()}},
     }
-    mixed = sources.mix(train, args.mix_strategy, _probabilities(args), seed)
-    held_out = sources.mix(validation) if validation else None
-    return _limit(mixed, args.max_train_samples, len(train), seed), _limit_validation(held_out, args, seed), report
+    mixed = _limit(
+        sources.mix(train, args.mix_strategy, _probabilities(args), seed), args.max_train_samples, len(train), seed
+    )
+    held_out = _limit(sources.mix(validation), args.max_eval_samples, 2, seed) if validation else None
+    return mixed, held_out, report
+
+
+def _load_files(
+    kind: str, spec: str | None, args: DataArguments, options: RecordOptions, training_args, **text_files
+) -> tuple[dict[str, Dataset], dict]:
+    """(data sets, reports) by name, of files or, with no `spec`, of --dataset_name."""
+    if spec is None:
+        dataset, found = sources.load_hub_dataset(
+            kind, args.dataset_name or "", options, config_name=args.dataset_config_name,
+            max_samples=args.max_samples_per_dataset, on_bad_row=args.on_bad_row,
+            num_proc=args.preprocessing_num_workers, overwrite_cache=args.overwrite_cache,
+        )  # fmt: skip
+        return {found.dataset: dataset}, {found.dataset: found}
+    training = spec == args.train_file_dir
+    flag = "--train_file_dir" if training else "--validation_file_dir"
+    return sources.load_records(
+        kind, sources.find_sources(spec, flag), options, **text_files,
+        max_samples_per_dataset=args.max_samples_per_dataset if training else None,
+        on_bad_row=args.on_bad_row, num_proc=args.preprocessing_num_workers,
+        overwrite_cache=args.overwrite_cache and training_args.process_index == 0,
+    )  # fmt: skip
+
+
+def _seed(training_args) -> int:
+    return training_args.seed if training_args.data_seed is None else training_args.data_seed
 
 
 def _probabilities(args: DataArguments) -> list[float] | None:
     return list(args.mix_probabilities) if args.mix_probabilities else None
-
-
-def _limit_validation(dataset: Dataset | None, args: DataArguments, seed: int) -> Dataset | None:
-    return None if dataset is None else _limit(dataset, args.max_eval_samples, 2, seed)
 
 
 def _limit(dataset: Dataset, rows: int | None, n_datasets: int, seed: int) -> Dataset:
@@ -223,18 +332,11 @@ def _merge_counts(counts: dict, key: str, reasons) -> None:
     counts[key] = dict(Counter(counts.get(key, {})) + found)
 
 
-def _stage_data(result: dict, report: dict, label_audit: audit.LabelAudit) -> StageData:
-    for split in ("train", "validation"):
-        report[split]["rows"] = 0 if result[split] is None else len(result[split])
+def _stage_data(train: Dataset, validation: Dataset | None, report: dict, checked: audit.LabelAudit) -> StageData:
+    report["train"]["rows"] = len(train)
+    report["validation"]["rows"] = 0 if validation is None else len(validation)
     names = tuple(dict.fromkeys([*report["train"]["datasets"], *report["validation"]["datasets"]]))
-    return StageData(
-        train=result["train"],
-        validation=result["validation"],
-        names=names,
-        report=report,
-        fingerprint=result["train"]._fingerprint,
-        label_audit=label_audit,
-    )
+    return StageData(train, validation, names, report, train._fingerprint, checked, train)
 
 
 def first_documents(blocks: Dataset, count: int = 3) -> list[list[int]]:

@@ -7,13 +7,17 @@ restart, which isolates the documents in attention (transformers builds the bloc
 import bisect
 import hashlib
 import json
+import logging
 
 import numpy as np
 import torch
 from datasets import Dataset
 
 from stagewise.data.tokenization import ENCODING_VERSION
+from stagewise.errors import InputError
 from stagewise.losses.logprobs import IGNORE_INDEX
+
+logger = logging.getLogger(__name__)
 
 
 def pack_blocks(
@@ -113,6 +117,19 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
                 open_bins[left] = []
             open_bins[left].append(index)
     return bins
+
+
+def pack_rows(dataset: Dataset, max_length: int) -> "PackedDataset":
+    """Pack and say in the log how full the rows are.
+
+    Raises:
+        InputError: a stream, whose lengths nobody knows beforehand.
+    """
+    if not isinstance(dataset, Dataset):
+        raise InputError("--packing: best-fit packing looks at the whole data set; with --streaming leave it off")
+    packed = PackedDataset(dataset, max_length)
+    logger.info("packing: %d rows in %d, %.1f%% full", len(dataset), len(packed), 100 * packed.efficiency)
+    return packed
 
 
 class PackedDataset(torch.utils.data.Dataset):

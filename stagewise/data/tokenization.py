@@ -275,15 +275,19 @@ def _encode_each(conversations, locations, renderer, tokenizer, options) -> list
         return rows
 
 
+def encode_documents(texts: Sequence[str], tokenizer) -> list[list[int]]:
+    """BOS where the tokenizer adds one, the text, and one EOS."""
+    eos = tokenizer.eos_token_id
+    return [row if row[-1:] == [eos] else [*row, eos] for row in tokenizer(list(texts), verbose=False)["input_ids"]]
+
+
 def tokenize_documents(
     dataset: Dataset, tokenizer, num_proc: int | None = None, load_from_cache: bool = True
 ) -> Dataset:
-    """Columns input_ids (BOS where the tokenizer adds one, then the text, then EOS), length, location, dataset."""
+    """Columns input_ids (see encode_documents), length, location, dataset."""
 
     def encode_batch(batch: dict) -> dict:
-        texts = [Document.from_json(record).text for record in batch["record"]]
-        ids = [row + [tokenizer.eos_token_id] for row in tokenizer(texts, verbose=False)["input_ids"]]
-        ids = [row[:-1] if row[-2:] == [tokenizer.eos_token_id] * 2 else row for row in ids]
+        ids = encode_documents([Document.from_json(record).text for record in batch["record"]], tokenizer)
         return {"input_ids": ids, "length": [len(row) for row in ids]}
 
     key = _cache_key(dataset._fingerprint, tokenizer_fingerprint(tokenizer), "documents")

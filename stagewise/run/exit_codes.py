@@ -1,6 +1,8 @@
 """Exit codes of all scripts: 0 done, 2 what the user can mend, 1 anything else, 130/143 interrupted."""
 
+import logging
 import sys
+import warnings
 from collections.abc import Callable
 
 from stagewise.errors import InputError
@@ -12,6 +14,7 @@ def run_script(main: Callable[[], object]) -> None:
 
     A failure of any other kind keeps its traceback (exit code 1); 130 and 143 are raised where the signal was handled.
     """
+    _quiet_libraries()
     try:
         main()
     except (InputError, TemplateError) as error:
@@ -21,6 +24,16 @@ def run_script(main: Callable[[], object]) -> None:
         raise SystemExit(130) from None
     finally:
         _leave_process_group()
+
+
+def _quiet_libraries() -> None:
+    """Silence what libraries say at every start and no user can act on; called before they are imported."""
+    # an optional kernel for 4-bit inference on CPU
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # DeepSpeed, imported by accelerate's look-around, on a machine without an accelerator
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "unable to detect it" not in record.getMessage())
+    # peft reads a name that transformers renamed
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 
 
 def _leave_process_group() -> None:

@@ -18,7 +18,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerStat
 
 from stagewise.errors import InputError
 from stagewise.run import lineage
-from stagewise.run.callbacks import SaveOnSignal
+from stagewise.run.callbacks import SaveOnSignal, SaveStreamPosition, resume_stream
 from stagewise.run.checkpoints import checkpoint_step, find_resume_checkpoint
 from stagewise.run.logging import LogLine, peak_memory_gib, setup_logging
 from stagewise.run.plots import plot_loss
@@ -36,12 +36,13 @@ OWN_FILES = (
 )  # fmt: skip
 
 
-def start_run(args, run_args, command: Sequence[str] | None = None) -> str | None:
+def start_run(args, run_args, packed: bool) -> str | None:
     """Logging, seeds, and the output folder's state; nothing is written or deleted yet.
 
     Args:
         args: the TrainingArguments.
         run_args: overwrite_output_dir, dry_run, logging_dir.
+        packed: rows hold several documents.
 
     Returns:
         The checkpoint to resume from, or None.
@@ -59,6 +60,11 @@ def start_run(args, run_args, command: Sequence[str] | None = None) -> str | Non
             "or set CUDA_VISIBLE_DEVICES to one of them"
         )
     os.environ["TENSORBOARD_LOGGING_DIR"] = run_args.logging_dir or str(Path(args.output_dir) / "logs")
+    if packed and args.neftune_noise_alpha:
+        raise InputError(
+            "--neftune_noise_alpha: its noise is scaled by the length of a text, and with --packing a row holds "
+            "several; use one of the two"
+        )
     checkpoint = find_resume_checkpoint(args.resume_from_checkpoint, args.output_dir)
     output = Path(args.output_dir)
     if output.is_file():
@@ -128,18 +134,21 @@ def _plain(value: object):
     return None
 
 
-def report_dry_run(args, data_report: dict, n_rows: int) -> dict:
+def report_dry_run(args, data_report: dict, train_dataset) -> dict:
     """Print what would be trained, write nothing; returns the report."""
     if args.should_log:
-        batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
         print(json.dumps(data_report, indent=2, ensure_ascii=False))
-        print(f"dry run: {n_rows} rows, {math.ceil(n_rows / batch)} optimizer steps an epoch; nothing was written")
+        size = "a stream of rows"
+        if hasattr(train_dataset, "__len__"):
+            batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+            size = f"{len(train_dataset)} rows, {math.ceil(len(train_dataset) / batch)} optimizer steps an epoch"
+        print(f"dry run: {size}; nothing was written")
     return {"data_report": data_report}
 
 
 def build_trainer(trainer_class: type[Trainer], args, run_args, **kwargs) -> Trainer:
     """The Trainer with our log line, the signal handler, and early stopping where it is asked for."""
-    callbacks = [LogLine(), SaveOnSignal()]
+    callbacks = [LogLine(), SaveOnSignal(), SaveStreamPosition(kwargs["train_dataset"])]
     if run_args.early_stopping_stall_num:
         callbacks.append(_early_stopping(args, run_args.early_stopping_stall_num))
     trainer = trainer_class(args=args, callbacks=callbacks, **kwargs)
@@ -182,6 +191,8 @@ def train_and_save(trainer: Trainer, checkpoint: str | None, **stage_fields: obj
         trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
         metrics = {}
     else:
+        if checkpoint is not None:
+            resume_stream(trainer, checkpoint)
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     stopper = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, SaveOnSignal))
     if stopper.received is not None:
