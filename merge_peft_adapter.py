@@ -9,8 +9,6 @@ import argparse
 
 from stagewise.run.exit_codes import run_script
 
-MIN_TOP1_AGREEMENT = 0.99
-
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -57,7 +55,7 @@ def main(argv: list[str] | None = None) -> dict:
     merged, adapter_outputs, report = merging.merge(model, args.lora_model, tokenizer, dtype)
     report = merging.save_merged(
         merged, tokenizer, args.output_dir, dtype, args.max_shard_size, adapter_outputs, report,
-        base_model=args.base_model, lora_model=args.lora_model, min_agreement=MIN_TOP1_AGREEMENT,
+        base_model=args.base_model, lora_model=args.lora_model,
     )  # fmt: skip
     if args.push_to_hub:
         merging.push(args.output_dir, args.push_to_hub, args.hf_hub_token)
