@@ -1,6 +1,6 @@
 """Rows per second from a JSON Lines file to cached token ids with labels, and the memory of the process.
 
-    python benchmarks/tokenizing.py --rows 100000
+    python -m benchmarks.tokenizing --rows 100000
 
 Prints JSON. `read` is parsing, checking and writing the Arrow cache; `tokenize` rendering, tokenizing, labelling.
 `growth_mib` is the resident memory at the end over that after a first 1% of the rows: flat where memory does

@@ -1,6 +1,6 @@
 """Real tokens per second of supervised_finetuning.py, packed and not, on the same generated conversations.
 
-    python benchmarks/training.py
+    python -m benchmarks.training
 
 A random Llama (25 M parameters by default) and log-normal row lengths (mean 180, 99th percentile 900 tokens). Each
 setting is a process of its own and sees every row once; the batch is the same number of rows on average. Prints JSON:

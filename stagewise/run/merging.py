@@ -18,7 +18,7 @@ from stagewise.run import lineage
 logger = logging.getLogger(__name__)
 
 REPORT = "merge_report.json"
-# Share of the proof's positions where both models' first choice must be the same token: for the sum in float32, where a
+# Share of the positions of the proof where both first choices must be the same token: for the sum in float32, where a
 # difference means a wrong merge, and for the saved weights, whose cast may turn a near tie.
 MIN_MERGED_AGREEMENT = 0.99
 MIN_SAVED_AGREEMENT = 0.9
