@@ -92,7 +92,7 @@ def load_conversations(
 
     def prepare(records: Dataset, found: dict) -> tuple[Dataset, audit.LabelAudit]:
         encoded = tokenize_conversations(
-            records, renderer, tokenizer, encoding, args.preprocessing_num_workers, not args.overwrite_cache
+            records, renderer, tokenizer, encoding, args.preprocessing_num_workers, _uses_cache(args, training_args)
         )
         checked = audit.audit_conversations(records, encoded, renderer, tokenizer, encoding, training_args.seed)
         _count_rows(found, encoded)
@@ -129,7 +129,7 @@ def load_documents(
 ) -> StageData:
     """Tokenized blocks for pretraining."""
     options = _record_options(args, ())
-    workers, use_cache = args.preprocessing_num_workers, not args.overwrite_cache
+    workers, use_cache = args.preprocessing_num_workers, _uses_cache(args, training_args)
     text_files: dict[str, Any] = {"document_separator": document_separator, "keep_linebreaks": keep_linebreaks}
 
     def prepare(records: Dataset, found: dict) -> tuple[Dataset, audit.LabelAudit]:
@@ -287,8 +287,13 @@ def _load_files(
         kind, sources.find_sources(spec, flag), options, **text_files,
         max_samples_per_dataset=args.max_samples_per_dataset if training else None,
         on_bad_row=args.on_bad_row, num_proc=args.preprocessing_num_workers,
-        overwrite_cache=args.overwrite_cache and training_args.process_index == 0,
+        overwrite_cache=not _uses_cache(args, training_args),
     )  # fmt: skip
+
+
+def _uses_cache(args: DataArguments, training_args) -> bool:
+    """--overwrite_cache is for the first process; the others read what it has written."""
+    return not args.overwrite_cache or training_args.local_process_index != 0
 
 
 def _seed(training_args) -> int:
