@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from stagewise.errors import InputError
-from stagewise.run.exit_codes import run_script
+from stagewise.run.exit_codes import boolean, run_script
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -37,7 +37,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    parser.add_argument("--trust_remote_code", action="store_true")
+    parser.add_argument("--trust_remote_code", type=boolean, nargs="?", const=True, default=False)
     args = parser.parse_args(argv)
     if bool(args.input_file) != bool(args.output_file):
         parser.error("--input_file and --output_file go together")
@@ -105,6 +105,7 @@ def answer_file(chat: Chat, input_file: str, output_file: str) -> int:
         rows.append(row)
     answers = chat.answer([prompt.messages for prompt in prompts], [prompt.tools for prompt in prompts])
     temporary = Path(f"{output_file}.partial")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     with temporary.open("w", encoding="utf-8") as out:
         for row, answer in zip(rows, answers, strict=True):
             out.write(json.dumps({**row, "response": answer}, ensure_ascii=False) + "\n")

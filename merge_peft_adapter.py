@@ -7,7 +7,7 @@ The result loads with a plain `from_pretrained`, carries tokenizer and chat temp
 
 import argparse
 
-from stagewise.run.exit_codes import run_script
+from stagewise.run.exit_codes import boolean, run_script
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -26,18 +26,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     parser.add_argument("--max_shard_size", default="5GB")
-    parser.add_argument("--trust_remote_code", type=_boolean, nargs="?", const=True, default=False)
+    parser.add_argument("--trust_remote_code", type=boolean, nargs="?", const=True, default=False)
     parser.add_argument("--overwrite", action="store_true", help="replace what is in output_dir")
     parser.add_argument("--push_to_hub", help="hub name to upload the merged model to")
     parser.add_argument("--hf_hub_token")
     parser.add_argument("--model_type", help=argparse.SUPPRESS)  # the ancestor's scripts pass it; the config knows
     return parser.parse_args(argv)
-
-
-def _boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected True or False")
-    return text.lower() in ("true", "1", "yes")
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -78,14 +78,14 @@ def main(argv: list[str] | None = None) -> dict:
             pt_args.document_separator,
             pt_args.keep_linebreaks,
         )
-    if run_args.dry_run:
-        return lifecycle.report_dry_run(args, data.report, data.train)
 
     # 4. model
     model = load_causal_lm(model_args, tokenizer, not lora_args.use_peft, args.label_smoothing_factor)
     if isolate:
         check_packing(model, loading.first_documents(data.sample))
     model = attach_adapter(model, lora_args)
+    if run_args.dry_run:
+        return lifecycle.report_dry_run(args, data.report, data.train)
 
     # 5. trainer: train, save, evaluate
     trainer = lifecycle.build_trainer(

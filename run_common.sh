@@ -5,7 +5,7 @@
 #   NPROC_PER_NODE   processes on this machine (1: plain python, more: torchrun)
 #   NNODES           machines (1); with more, start the same script on each with its NODE_RANK
 #   NODE_RANK        (0)   MASTER_ADDR (127.0.0.1)   MASTER_PORT (29500)
-#   DEEPSPEED        a DeepSpeed configuration such as zero2.json
+#   DEEPSPEED        a DeepSpeed configuration (.json), passed as --deepspeed
 
 . ./setup_environment.sh
 install_requirements requirements.txt

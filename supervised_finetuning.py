@@ -7,6 +7,7 @@ r"""Supervised fine-tuning (SFT): conversations in, a model that answers in turn
 from dataclasses import dataclass, field
 from typing import Literal
 
+from stagewise.errors import InputError
 from stagewise.run.exit_codes import run_script
 
 
@@ -35,6 +36,10 @@ class SFTArguments:
     audit_rows: int = field(
         default=2, metadata={"help": "Rows that the label audit prints, with the trained tokens in colour."}
     )
+
+    def __post_init__(self) -> None:
+        if self.train_on_prompt and self.train_on == "last":
+            raise InputError("--train_on last: --train_on_prompt trains every token; give one of the two")
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -85,14 +90,14 @@ def main(argv: list[str] | None = None) -> dict:
     if args.should_log:
         audit.print_audit(data.label_audit, data.sample, tokenizer, sft_args.audit_rows)
     train = pack_rows(data.train, encoding.max_length) if sft_args.packing else data.train
-    if run_args.dry_run:
-        return lifecycle.report_dry_run(args, data.report, train)
 
     # 4. model
     model = load_causal_lm(model_args, tokenizer, not lora_args.use_peft, args.label_smoothing_factor)
     if sft_args.packing:
         check_packing(model, data.sample[:3]["input_ids"])
     model = attach_adapter(model, lora_args, trains_new_tokens=bool(new_tokens))
+    if run_args.dry_run:
+        return lifecycle.report_dry_run(args, data.report, train)
 
     # 5. trainer: train, save, evaluate
     trainer = lifecycle.build_trainer(

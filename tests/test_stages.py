@@ -389,3 +389,47 @@ def test_several_data_sets_have_a_loss_each(tiny_model_dir, sft_file, tmp_path):
     metrics = run_sft(tiny_model_dir, f"{sft_file},{other}", tmp_path / "o", *LORA, "--max_steps", "1")
     assert metrics["eval_sums_loss"] > 0
     assert metrics["eval_other_loss"] > 0
+
+
+def test_label_smoothing_raises_the_loss_it_reports(tiny_model_dir, text_file, tmp_path):
+    """At a random start every token has about -ln(1/V) either way; smoothing must run and leave evaluation alone."""
+    run_pt(tiny_model_dir, text_file, tmp_path / "plain", *FULL, "--max_steps", "2")
+    metrics = run_pt(
+        tiny_model_dir, text_file, tmp_path / "s", *FULL, "--max_steps", "2", "--label_smoothing_factor", "0.3"
+    )
+    assert losses(tmp_path / "s")[1] != losses(tmp_path / "plain")[1]
+    assert metrics["eval_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--use_fast_tokenizer", "False"], "leave the flag out"),
+        (["--train_on", "last", "--train_on_prompt", "True"], "give one of the two"),
+        (["--use_liger_kernel", "True"], "--use_liger_kernel"),
+        (
+            ["--min_lr", "1e-5", "--lr_scheduler_type", "reduce_lr_on_plateau", "--eval_strategy", "steps"],
+            "takes no floor",
+        ),
+        (["--on_bad_row", "skip", "--model_max_length", "30"], "does not apply"),
+    ],
+)
+def test_settings_that_cannot_be_honoured(flags, message, tiny_model_dir, sft_file, tmp_path):
+    with pytest.raises(InputError, match=message):
+        run_sft(tiny_model_dir, sft_file, tmp_path / "out", *flags, "--max_steps", "1")
+
+
+def test_an_adapter_is_no_base_model(sft_dir, sft_file, tmp_path):
+    with pytest.raises(InputError, match="is an adapter; merge it"):
+        run_sft(str(sft_dir), sft_file, tmp_path / "out")
+
+
+def test_tool_format_needs_a_template_of_ours(merged_dir, sft_file, tmp_path):
+    import supervised_finetuning
+
+    plain = tmp_path / "plain"
+    shutil.copytree(merged_dir, plain)
+    (plain / "stage.json").unlink()
+    flags = ["--model_name_or_path", str(plain), "--train_file_dir", sft_file, "--output_dir", str(tmp_path / "o")]
+    with pytest.raises(InputError, match="--tool_format qwen"):
+        supervised_finetuning.main([*flags, "--tool_format", "qwen"])

@@ -179,6 +179,12 @@ def print_audit(audit: LabelAudit, encoded: Dataset, tokenizer, n_rows: int, con
     console.print(table)
     if audit.straddling_prompts:
         console.print(f"{audit.straddling_prompts} prompts end inside a token that the answer begins with")
+    truncated = sum(bool(kind) for kind in encoded["truncated"][:])
+    if truncated:
+        console.print(
+            f"{truncated} of {len(encoded)} rows were cut to the row limit ({truncated / len(encoded):.1%}); answers "
+            f"without their stop token among the audited ones: {audit.turns_without_stop}"
+        )
     print_lengths(encoded["length"][:], console)
 
 

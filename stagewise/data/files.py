@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 DOCUMENT_SEPARATORS = ("blank_line", "line", "file")
 
-_MAX_BAD_SHARE = 0.1
+MAX_BAD_SHARE = 0.1
 _LOCATIONS_KEPT = 10
 
 _BOM = codecs.BOM_UTF8
@@ -105,7 +105,7 @@ class DataReport:
             raise InputError(self._first_bad_message())
         if self.unreadable:
             raise InputError(f"{self.unreadable}. Bad rows can be skipped, but here nobody knows how many are lost")
-        if self.rows_bad > _MAX_BAD_SHARE * self.rows_read:
+        if self.rows_bad > MAX_BAD_SHARE * self.rows_read:
             raise InputError(self._too_many_message())
 
     def _first_bad_message(self) -> str:
@@ -120,7 +120,7 @@ class DataReport:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in Counter(self.reasons).most_common(5))
         return (
             f"data set '{self.dataset}': {self.rows_bad} of {self.rows_read} rows are bad, and more than "
-            f"{_MAX_BAD_SHARE:.0%} are not skipped. Why: {reasons}. First: {self.first_bad[0]}"
+            f"{MAX_BAD_SHARE:.0%} are not skipped. Why: {reasons}. First: {self.first_bad[0]}"
         )
 
     def to_dict(self) -> dict[str, Any]:

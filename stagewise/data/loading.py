@@ -58,6 +58,10 @@ def resolve_template(args: DataArguments, parent: dict | None) -> Template | Non
     """
     name = args.template_name or (parent or {}).get("template")
     if name is None:
+        if args.tool_format:
+            raise InputError(
+                f"--tool_format {args.tool_format}: the tokenizer's own template writes tools its own way"
+            )
         return None
     if args.template_name is None:
         logger.info("template %s, from the base model's stage.json", name)

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from stagewise.data.files import MAX_BAD_SHARE
 from stagewise.data.records import Conversation, Document
 from stagewise.errors import InputError
 from stagewise.losses.logprobs import IGNORE_INDEX
@@ -327,4 +328,9 @@ def drop_unusable(dataset: Dataset, on_bad_row: str = "error", on_too_long: str 
         more = f" ({len(fatal) - 1} more rows cannot be used)" if len(fatal) > 1 else ""
         remedy = "raise --model_max_length" if "max_length" in reason else "mend the row"
         raise InputError(f"{first}: {reason}{more}; {remedy}, or pass --on_bad_row skip")
+    if len(fatal) > MAX_BAD_SHARE * len(dataset):
+        raise InputError(
+            f"{len(fatal)} of {len(dataset)} rows cannot be used, more than {MAX_BAD_SHARE:.0%}, so --on_bad_row skip "
+            f"does not apply; the first: {dataset[fatal[0]]['location']}: {reasons[fatal[0]].as_py()}"
+        )
     return dataset.select(np.setdiff1d(np.arange(len(dataset)), bad))

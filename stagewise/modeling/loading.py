@@ -25,9 +25,10 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
     name = args.tokenizer_name_or_path or args.model_name_or_path
     if not name:
         raise InputError("--tokenizer_name_or_path: needed when the model is built from --config_name alone")
-    tokenizer = _from_pretrained(
-        AutoTokenizer, name, args, flag="--tokenizer_name_or_path", use_fast=args.use_fast_tokenizer
-    )
+    if not args.use_fast_tokenizer:
+        raise InputError("--use_fast_tokenizer False: labels need the offsets of a fast tokenizer; leave the flag out")
+    flag = "--tokenizer_name_or_path" if args.tokenizer_name_or_path else "--model_name_or_path"
+    tokenizer = _from_pretrained(AutoTokenizer, name, args, flag=flag)
     if not tokenizer.is_fast:
         raise InputError(
             f"--tokenizer_name_or_path {name}: this tokenizer is not a fast one, and labels follow the character "
@@ -50,6 +51,11 @@ def load_config(args: ModelArguments):
     if not name:
         raise InputError("--model_name_or_path: required (or --config_name to train from scratch)")
     flag = "--model_name_or_path" if args.model_name_or_path else "--config_name"
+    if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
+        raise InputError(
+            f"{flag} {name}: is an adapter; merge it into its base first (merge_peft_adapter.py), or pass the base "
+            f"with --peft_path {name}"
+        )
     config = _from_pretrained(AutoConfig, name, args, flag=flag)
     # MedicalGPT's scripts pass --model_type auto|bloom|chatglm|llama|baichuan
     if args.model_type not in (None, "auto", config.model_type):

@@ -1,5 +1,6 @@
-"""Exit codes of all scripts: 0 done, 2 what the user can mend, 1 anything else, 130/143 interrupted."""
+"""How scripts start and end: 0 done, 2 what the user can mend, 1 anything else, 130/143 interrupted."""
 
+import argparse
 import logging
 import sys
 import warnings
@@ -24,6 +25,13 @@ def run_script(main: Callable[[], object]) -> None:
         raise SystemExit(130) from None
     finally:
         _leave_process_group()
+
+
+def boolean(text: str) -> bool:
+    """A switch with a value, for scripts on plain argparse: --flag, --flag True, --flag False."""
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected True or False")
+    return text.lower() in ("true", "1", "yes")
 
 
 def _quiet_libraries() -> None:

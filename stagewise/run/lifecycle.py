@@ -25,7 +25,8 @@ from stagewise.run.plots import plot_loss
 
 logger = logging.getLogger(__name__)
 
-SECRETS = ("hf_hub_token", "hub_token", "push_to_hub_token")
+# What run_config.yaml leaves out: secrets, and what is about one start of a run and not about the run.
+NOT_REPEATED = ("hf_hub_token", "hub_token", "resume_from_checkpoint", "overwrite_output_dir", "dry_run")
 # What a run of ours leaves in output_dir, and so what --overwrite_output_dir may delete; anything else stays.
 OWN_FILES = (
     "checkpoint-*", "logs", "adapter_config.json", "adapter_model.safetensors", "config.json",
@@ -105,7 +106,7 @@ def clear_output_dir(output: Path) -> None:
 
 
 def resolved_arguments(arguments: Sequence[Any]) -> dict:
-    """Fields that differ from their default, as plain values; secrets left out. The file form of the command line."""
+    """Fields that differ from their default, as plain values, but for NOT_REPEATED: a command line as a file."""
     values: dict = {}
     for group in arguments:
         for field in dataclasses.fields(group):
@@ -113,7 +114,7 @@ def resolved_arguments(arguments: Sequence[Any]) -> dict:
             default = field.default
             if field.default_factory is not dataclasses.MISSING:
                 default = field.default_factory()
-            if not field.init or field.name in SECRETS or value == default or value is None:
+            if not field.init or field.name in NOT_REPEATED or value == default or value is None:
                 continue
             plain = _plain(value)
             if plain is not None:

@@ -211,6 +211,11 @@ def save_merged(
             **report,
             "saved": compare(outputs_of(reloaded, prompt_ids(tokenizer)), adapter_outputs),
         }
+        if report["update_lost"] >= 1:
+            raise InputError(
+                f"--dtype {report['dtype']}: rounding costs more than the whole update "
+                f"({report['update_lost']:.0%}); use --dtype float32"
+            )
         if report["saved"]["top1_agreement"] < MIN_SAVED_AGREEMENT:
             raise InputError(
                 "the merged model's first choices agree with base + adapter in "

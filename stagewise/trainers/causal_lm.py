@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction, Trainer
 
+from stagewise.errors import InputError
+
 # What collators add beside the model's inputs: (B,) each.
 NUM_TOKENS = "num_tokens"  # real tokens of a row, padding not counted
 DATASET_ID = "dataset_id"  # index into `dataset_names`
@@ -28,10 +30,14 @@ class CausalLMTrainer(Trainer):
     def __init__(self, *args, dataset_names: tuple[str, ...] = (), min_lr: float | None = None, **kwargs):
         training_args = kwargs["args"]
         training_args.remove_unused_columns = False  # the collator picks what the model gets
+        for flag in ("use_liger_kernel", "batch_eval_metrics"):
+            if getattr(training_args, flag):
+                raise InputError(f"--{flag}: the loss is computed here, without whole logits; leave the flag out")
         super().__init__(*args, compute_metrics=self._evaluation_metrics, **kwargs)
         self.dataset_names = dataset_names
         self.min_lr = min_lr
         self.model_accepts_loss_kwargs = True  # forward divides by num_items_in_batch
+        self.label_smoother = None  # the model's own loss smooths
         self._new_tokens: Tensor | None = None  # since the last log; on the device
         self._clock = time.perf_counter()
         self._paused_s = 0.0
@@ -69,7 +75,7 @@ class CausalLMTrainer(Trainer):
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if self.min_lr is not None and not getattr(scheduler, "has_floor", False):
             if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-                raise ValueError(f"--min_lr: lr_scheduler_type {self.args.lr_scheduler_type} takes no floor")
+                raise InputError(f"--min_lr: --lr_scheduler_type {self.args.lr_scheduler_type} takes no floor")
             scheduler.lr_lambdas = [
                 _with_floor(schedule, self.min_lr / base)
                 for schedule, base in zip(scheduler.lr_lambdas, scheduler.base_lrs, strict=True)
