@@ -174,11 +174,15 @@ def test_rows_that_do_not_fit_stop_the_run_or_are_dropped(chatml, tokenizer):
         ("truncate", 8, r"chats\.jsonl:1: no trained token left after truncation"),
     ):
         options = EncodingOptions(limit, on_too_long=on_too_long)
-        encoded = tokenize_conversations(records(TWO_ROUNDS, short), chatml, tokenizer, options)
-        assert len(encoded) == 2
+        encoded = tokenize_conversations(records(TWO_ROUNDS, *[short] * 19), chatml, tokenizer, options)
+        assert len(encoded) == 20
         with pytest.raises(InputError, match=message):
             drop_unusable(encoded, "error", on_too_long)
-        assert len(drop_unusable(encoded, "skip", on_too_long)) == (1 if limit == 20 else 0)
+        if limit == 20:
+            assert len(drop_unusable(encoded, "skip", on_too_long)) == 19
+        else:  # every row is unusable: more than 10% are not skipped
+            with pytest.raises(InputError, match="20 of 20 rows cannot be used"):
+                drop_unusable(encoded, "skip", on_too_long)
     options = EncodingOptions(20, on_too_long="drop")
     encoded = tokenize_conversations(records(TWO_ROUNDS, short), chatml, tokenizer, options)
     assert drop_unusable(encoded, "error", "drop")["location"][:] == ["chats.jsonl:2"]

@@ -19,8 +19,8 @@ from stagewise.data.tokenization import (
     EncodingOptions,
     Renderer,
     drop_unusable,
-    encode_conversations,
     encode_documents,
+    encode_or_drop,
     tokenize_conversations,
     tokenize_documents,
 )
@@ -106,7 +106,7 @@ def load_conversations(
         return usable, checked
 
     def encode(record: dict) -> list[dict]:
-        (row,) = encode_conversations([Conversation.from_json(record["record"])], renderer, tokenizer, encoding)
+        (row,) = encode_or_drop([Conversation.from_json(record["record"])], renderer, tokenizer, encoding)
         if not row.dropped:
             return [{"input_ids": row.input_ids, "labels": row.labels, "dataset": record["dataset"]}]
         if args.on_bad_row == "skip" or (encoding.on_too_long == "drop" and TOO_LONG in row.dropped):

@@ -248,7 +248,7 @@ def tokenize_conversations(
 
     def encode_batch(batch: dict) -> dict:
         conversations = [Conversation.from_json(record) for record in batch["record"]]
-        rows = _encode_each(conversations, batch["location"], renderer, tokenizer, options)
+        rows = encode_or_drop(conversations, renderer, tokenizer, options)
         return {
             "input_ids": [row.input_ids for row in rows],
             "labels": [row.labels for row in rows],
@@ -262,7 +262,9 @@ def tokenize_conversations(
     return _map(dataset, encode_batch, key, num_proc, load_from_cache, "Tokenizing conversations")
 
 
-def _encode_each(conversations, locations, renderer, tokenizer, options) -> list[Encoded]:
+def encode_or_drop(
+    conversations: Sequence[Conversation], renderer: Renderer, tokenizer, options: EncodingOptions
+) -> list[Encoded]:
     """The batch at once; if the template refuses a row, row by row, so that the refused one carries its reason."""
     try:
         return encode_conversations(conversations, renderer, tokenizer, options)
