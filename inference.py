@@ -1,8 +1,9 @@
-"""Chat with, or batch-generate from, any stage's output: an adapter or a full (merged) model.
+"""Chat with, or batch-generate from, any stage's output: an adapter or a full (merged) model; or score with it.
 
     python inference.py --model_name_or_path outputs/sft-merged                                  # chat
     python inference.py --model_name_or_path outputs/sft-merged --prompt "Who are you?"
     python inference.py --model_name_or_path BASE --lora_model outputs/sft --input_file in.jsonl --output_file out
+    python inference.py --model_name_or_path outputs/rm --score --input_file in.jsonl --output_file out.jsonl
 
 The template comes from stage.json (or --template_name, or the tokenizer's own).
 """
@@ -28,7 +29,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--system_prompt", help="system turn of every conversation that has none")
     parser.add_argument("--prompt", help="answer this one question and stop")
     parser.add_argument("--input_file", help="rows of any conversation format, or {question}; answers all")
-    parser.add_argument("--output_file", help=".jsonl: each row of the input with its `response`")
+    parser.add_argument("--output_file", help=".jsonl: each row of the input with its `response` (or `score`)")
+    parser.add_argument("--score", action="store_true", help="a reward model: score the rows of --input_file")
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top_p", type=float, default=0.9, help="used when temperature is above 0")
@@ -43,7 +45,27 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--input_file and --output_file go together")
     if args.prompt is not None and args.input_file:
         parser.error("--prompt and --input_file: give one")
+    if args.score and not args.input_file:
+        parser.error("--score: needs --input_file, conversations that end with an answer, and --output_file")
     return args
+
+
+def load(args: argparse.Namespace):
+    """(model, tokenizer, renderer) of what --model_name_or_path and --lora_model name."""
+    from stagewise.data.tokenization import build_renderer
+    from stagewise.modeling.generation import load_for_inference
+    from stagewise.run.lineage import read_stage
+    from stagewise.run.merging import choose_device
+    from template import get_template
+
+    model, tokenizer = load_for_inference(
+        args.model_name_or_path, args.lora_model, args.tokenizer_path, args.dtype, choose_device(args.device),
+        args.trust_remote_code, args.score,
+    )  # fmt: skip
+    stage = read_stage(args.lora_model) or read_stage(args.model_name_or_path) or {}
+    name = args.template_name or stage.get("template")
+    template = get_template(name, tool_format=args.tool_format) if name else None
+    return model, tokenizer, build_renderer(template, tokenizer)
 
 
 class Chat:
@@ -52,23 +74,12 @@ class Chat:
     def __init__(self, args: argparse.Namespace):
         from transformers import set_seed
 
-        from stagewise.data.tokenization import build_renderer
         from stagewise.modeling import generation
-        from stagewise.run.lineage import read_stage
-        from stagewise.run.merging import choose_device
-        from template import get_template
 
         set_seed(args.seed)
         self.generation = generation
         self.sampling = generation.Sampling(args.max_new_tokens, args.temperature, args.top_p, args.repetition_penalty)
-        self.model, self.tokenizer = generation.load_for_inference(
-            args.model_name_or_path, args.lora_model, args.tokenizer_path, args.dtype, choose_device(args.device),
-            args.trust_remote_code,
-        )  # fmt: skip
-        stage = read_stage(args.lora_model) or read_stage(args.model_name_or_path) or {}
-        name = args.template_name or stage.get("template")
-        template = get_template(name, tool_format=args.tool_format) if name else None
-        self.renderer = build_renderer(template, self.tokenizer)
+        self.model, self.tokenizer, self.renderer = load(args)
         self.stop_ids = generation.stop_token_ids(self.tokenizer, self.renderer.stop_tokens)
         self.system_prompt, self.batch_size = args.system_prompt, args.batch_size
 
@@ -84,33 +95,63 @@ class Chat:
         )
 
     def _with_system(self, messages: list[dict]) -> list[dict]:
-        if self.system_prompt and messages[0]["role"] != "system":
-            return [{"role": "system", "content": self.system_prompt}, *messages]
-        return messages
+        return with_system(messages, self.system_prompt)
+
+
+def with_system(messages: list[dict], system_prompt: str | None) -> list[dict]:
+    """The messages, behind the system prompt if they have none of their own."""
+    if system_prompt and messages[0]["role"] != "system":
+        return [{"role": "system", "content": system_prompt}, *messages]
+    return messages
 
 
 def answer_file(chat: Chat, input_file: str, output_file: str) -> int:
     """Answer every row of a file; the output appears whole or not at all. Returns the number of rows."""
-    from stagewise.data.files import BadRow, read_rows
     from stagewise.data.records import Prompt
 
-    rows, prompts = [], []
+    rows, prompts = read_records(input_file, Prompt)
+    answers = chat.answer([prompt.messages for prompt in prompts], [prompt.tools for prompt in prompts])
+    write_rows(output_file, [{**row, "response": answer} for row, answer in zip(rows, answers, strict=True)])
+    return len(rows)
+
+
+def score_file(args: argparse.Namespace) -> int:
+    """Score every conversation of a file; the output appears whole or not at all. Returns the number of rows."""
+    from stagewise.data.records import Conversation
+    from stagewise.modeling.generation import score
+
+    rows, chats = read_records(args.input_file, Conversation)
+    model, tokenizer, renderer = load(args)
+    texts = [renderer.render(with_system(chat.messages, args.system_prompt), tools=chat.tools).text for chat in chats]
+    scores = score(model, tokenizer, texts, args.batch_size)
+    write_rows(args.output_file, [{**row, "score": value} for row, value in zip(rows, scores, strict=True)])
+    return len(rows)
+
+
+def read_records(input_file: str, record_type) -> tuple[list[dict], list]:
+    """(rows, records) of a file. Raises InputError with the location of the first row that cannot be used."""
+    from stagewise.data.files import BadRow, read_rows
+
+    rows, records = [], []
     for location, row in read_rows(Path(input_file)):
         if isinstance(row, BadRow):
             raise InputError(f"{location}: {row.reason}")
         try:
-            prompts.append(Prompt.from_row(row))
+            records.append(record_type.from_row(row))
         except InputError as error:
             raise InputError(f"{location}: {error}") from error
         rows.append(row)
-    answers = chat.answer([prompt.messages for prompt in prompts], [prompt.tools for prompt in prompts])
+    return rows, records
+
+
+def write_rows(output_file: str, rows: list[dict]) -> None:
+    """Write a .jsonl file beside its place, then move it there."""
     temporary = Path(f"{output_file}.partial")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     with temporary.open("w", encoding="utf-8") as out:
-        for row, answer in zip(rows, answers, strict=True):
-            out.write(json.dumps({**row, "response": answer}, ensure_ascii=False) + "\n")
+        for row in rows:
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
     os.replace(temporary, output_file)
-    return len(rows)
 
 
 def chat_loop(chat: Chat) -> None:
@@ -143,6 +184,10 @@ def chat_loop(chat: Chat) -> None:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_arguments(argv)
+    if args.score:
+        count = score_file(args)
+        print(f"{count} scores in {args.output_file}")
+        return {"scored": count}
     chat = Chat(args)
     if args.input_file:
         count = answer_file(chat, args.input_file, args.output_file)

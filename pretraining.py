@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> dict:
     checkpoint = lifecycle.start_run(args, run_args, pt_args.packing)
 
     # 2. tokenizer and template
-    parent = lineage.read_stage(model_args.model_name_or_path)
+    parent = lineage.read_parent(model_args.model_name_or_path)
     tokenizer = load_tokenizer(model_args)
 
     # 3. data

@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> dict:
     checkpoint = lifecycle.start_run(args, run_args, sft_args.packing)
 
     # 2. tokenizer and template
-    parent = lineage.read_stage(model_args.model_name_or_path)
+    parent = lineage.read_parent(model_args.model_name_or_path)
     tokenizer = load_tokenizer(model_args)
     template = loading.resolve_template(data_args, parent)
     new_tokens = loading.add_template_tokens(template, tokenizer) if model_args.add_template_tokens else []

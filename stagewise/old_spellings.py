@@ -67,6 +67,23 @@ def summed_lengths(target: str) -> OldSpelling:
     return OldSpelling(("max_source_length", "max_target_length"), (target,), translate)
 
 
+def prompt_and_answer_lengths(prompt: str, row: str) -> OldSpelling:
+    """--max_source_length as `prompt`, the prompt's own limit, and its sum with --max_target_length as `row`."""
+
+    def translate(source: Any, answer: Any) -> dict[str, Any]:
+        if source is None:
+            raise InputError(
+                f"--max_target_length: found without --max_source_length; "
+                f"give --{row} instead, the limit of prompt and answer together in tokens"
+            )
+        limit = _whole_number("max_source_length", source)
+        if answer is None:
+            return {prompt: limit}
+        return {prompt: limit, row: limit + _whole_number("max_target_length", answer)}
+
+    return OldSpelling(("max_source_length", "max_target_length"), (prompt, row), translate)
+
+
 def _number(flag: str, raw: Any) -> float:
     try:
         return float(raw)

@@ -61,6 +61,25 @@ def sft_file(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def preference_file(tmp_path_factory) -> str:
+    """24 pairs: the chosen answer is polite, the rejected one rude; some have a history or a system prompt."""
+    rows = []
+    for i in range(24):
+        rows.append(
+            {
+                "system": "You add numbers." if i % 4 == 0 else "",
+                "history": [["Hello", "Hello, how can I help?"]] if i % 3 == 0 else [],
+                "question": f"What is {i} plus {i}?",
+                "response_chosen": f"Gladly: it is {2 * i}." + (" Ask me anytime." if i % 2 else ""),
+                "response_rejected": "Who cares, count yourself." + ("" if i % 2 else " Leave me alone now."),
+            }
+        )
+    path = tmp_path_factory.mktemp("preferences") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> str:
     """30 documents of 5 to 60 words."""
     documents = [" ".join(f"word{(i * j) % 17}" for j in range(5 + (i * 7) % 56)) + "." for i in range(1, 31)]

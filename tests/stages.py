@@ -29,6 +29,15 @@ def run_sft(model_dir: str, sft_file: str, output_dir: Path, *flags: str) -> dic
     )
 
 
+def run_rm(model_dir: str, preference_file: str, output_dir: Path, *flags: str) -> dict:
+    import reward_modeling
+
+    return reward_modeling.main(
+        ["--model_name_or_path", model_dir, "--train_file_dir", preference_file, "--output_dir", str(output_dir)]
+        + ["--template_name", "chatml", "--max_length", "128", *TINY, *flags]
+    )
+
+
 def losses(output_dir: Path) -> dict[int, float]:
     """Training loss of each logged step."""
     history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]

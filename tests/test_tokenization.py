@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from stagewise.data.records import Conversation
 from stagewise.data.tokenization import (
+    TOO_LONG,
     EncodingOptions,
     TemplateRenderer,
     TokenizerRenderer,
@@ -177,15 +178,15 @@ def test_rows_that_do_not_fit_stop_the_run_or_are_dropped(chatml, tokenizer):
         encoded = tokenize_conversations(records(TWO_ROUNDS, *[short] * 19), chatml, tokenizer, options)
         assert len(encoded) == 20
         with pytest.raises(InputError, match=message):
-            drop_unusable(encoded, "error", on_too_long)
+            drop_unusable(encoded, "error")
         if limit == 20:
-            assert len(drop_unusable(encoded, "skip", on_too_long)) == 19
+            assert len(drop_unusable(encoded, "skip")) == 19
         else:  # every row is unusable: more than 10% are not skipped
             with pytest.raises(InputError, match="20 of 20 rows cannot be used"):
-                drop_unusable(encoded, "skip", on_too_long)
+                drop_unusable(encoded, "skip")
     options = EncodingOptions(20, on_too_long="drop")
     encoded = tokenize_conversations(records(TWO_ROUNDS, short), chatml, tokenizer, options)
-    assert drop_unusable(encoded, "error", "drop")["location"][:] == ["chats.jsonl:2"]
+    assert drop_unusable(encoded, "error", harmless=TOO_LONG)["location"][:] == ["chats.jsonl:2"]
 
 
 def test_documents_end_with_eos(tokenizer):

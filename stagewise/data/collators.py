@@ -48,6 +48,37 @@ class CausalLMCollator:
         return batch
 
 
+class PairwiseCollator:
+    """Chosen and rejected rows in one batch, padded to the longest of both on the right.
+
+    Batch: margin (B,); dataset_id (B,) index into `dataset_names`; num_tokens (2B,) real tokens of each row; input_ids
+    and attention_mask (2B, T), where the first B rows are prompt + chosen, the other B prompt + rejected.
+
+    Args:
+        pad_token_id: fills input_ids; a token that no row ends with, because the score is read at the last other one.
+        dataset_names: the names that the rows' `dataset` column may have.
+    """
+
+    def __init__(self, pad_token_id: int, dataset_names: Sequence[str] = ()):
+        self.pad_token_id = pad_token_id
+        self.dataset_ids = {name: i for i, name in enumerate(dataset_names)}
+
+    def __call__(self, rows: Sequence[dict]) -> dict[str, Tensor]:
+        ids = [
+            torch.tensor([*row["prompt_ids"], *row[completion]])
+            for completion in ("chosen_ids", "rejected_ids")
+            for row in rows
+        ]
+        num_tokens = torch.tensor([len(row) for row in ids])
+        return {
+            "margin": torch.tensor([row.get("margin", 0.0) for row in rows]),
+            "dataset_id": torch.tensor([self.dataset_ids.get(row.get("dataset", ""), 0) for row in rows]),
+            "num_tokens": num_tokens,
+            "input_ids": _pad(ids, self.pad_token_id),
+            "attention_mask": (torch.arange(int(num_tokens.max()))[None] < num_tokens[:, None]).long(),
+        }
+
+
 def _labels(row: dict) -> Tensor:
     if "labels" in row:
         return torch.as_tensor(row["labels"])

@@ -5,14 +5,16 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from datasets import Dataset
 
 from stagewise.arguments import DataArguments
 from stagewise.data import audit, packing, sources
-from stagewise.data.records import Conversation, Document, RecordOptions
+from stagewise.data.preference_audit import PreferenceAudit, audit_preferences
+from stagewise.data.preferences import SAME_ANSWERS, PreferenceOptions, tokenize_preferences
+from stagewise.data.records import TWO_ANSWERS, Conversation, Document, RecordOptions
 from stagewise.data.streaming import RowStream
 from stagewise.data.tokenization import (
     TOO_LONG,
@@ -33,8 +35,11 @@ logger = logging.getLogger(__name__)
 STREAM_SAMPLE_ROWS = 64
 
 
+Audit = TypeVar("Audit", audit.LabelAudit, PreferenceAudit)
+
+
 @dataclass
-class StageData:
+class StageData(Generic[Audit]):
     """Tokenized rows and what is to be said about them.
 
     names are the data sets' names; report is what data_report.json holds; fingerprint identifies the training rows;
@@ -46,7 +51,7 @@ class StageData:
     names: tuple[str, ...]
     report: dict
     fingerprint: str
-    label_audit: audit.LabelAudit
+    label_audit: Audit
     sample: Dataset
 
 
@@ -90,7 +95,7 @@ def chat_template(template: Template | None, tokenizer) -> str | None:
 
 def load_conversations(
     args: DataArguments, renderer: Renderer, tokenizer, encoding: EncodingOptions, training_args
-) -> StageData:
+) -> StageData[audit.LabelAudit]:
     """Tokenized conversations for SFT, audited. Raises InputError for whatever data.md calls an error."""
     options = _record_options(args, renderer.control_tokens)
 
@@ -100,10 +105,8 @@ def load_conversations(
         )
         checked = audit.audit_conversations(records, encoded, renderer, tokenizer, encoding, training_args.seed)
         _count_rows(found, encoded)
-        usable = drop_unusable(encoded, args.on_bad_row, encoding.on_too_long)
-        if not len(usable):
-            raise InputError(f"no usable row is left of {', '.join(found['datasets'])}")
-        return usable, checked
+        too_long = TOO_LONG if encoding.on_too_long == "drop" else None
+        return _usable(encoded, found, args.on_bad_row, too_long), checked
 
     def encode(record: dict) -> list[dict]:
         (row,) = encode_or_drop([Conversation.from_json(record["record"])], renderer, tokenizer, encoding)
@@ -122,6 +125,35 @@ def load_conversations(
     return _stage_data(train, validation, report, checked)
 
 
+def load_preferences(
+    args: DataArguments, renderer: Renderer, tokenizer, encoding: PreferenceOptions, training_args
+) -> StageData[PreferenceAudit]:
+    """Tokenized preference pairs for RM and DPO, audited. Raises InputError for whatever data.md calls an error."""
+    if args.streaming:
+        raise InputError("--streaming: pairs are counted and compared before the first step; leave it out")
+
+    def prepare(records: Dataset, found: dict) -> tuple[Dataset, PreferenceAudit]:
+        encoded = tokenize_preferences(
+            records, renderer, tokenizer, encoding, args.preprocessing_num_workers, _uses_cache(args, training_args)
+        )
+        checked = audit_preferences(records, encoded, renderer, tokenizer, training_args.seed)
+        checked.equal += sum(  # dropped when they were read, where --on_bad_row allows it
+            count
+            for counts in found["datasets"].values()
+            for reason, count in counts.get("reasons", {}).items()
+            if TWO_ANSWERS in reason
+        )
+        _count_rows(found, encoded)
+        return _usable(encoded, found, args.on_bad_row, SAME_ANSWERS), checked
+
+    options = _record_options(args, renderer.control_tokens)
+    train, validation, report = _load_splits("preference", args, options, training_args)
+    train, checked = prepare(train, report["train"])
+    if validation is not None:
+        validation, _ = prepare(validation, report["validation"])
+    return _stage_data(train, validation, report, checked)
+
+
 def load_documents(
     args: DataArguments,
     tokenizer,
@@ -130,7 +162,7 @@ def load_documents(
     training_args,
     document_separator: str = "blank_line",
     keep_linebreaks: bool = True,
-) -> StageData:
+) -> StageData[audit.LabelAudit]:
     """Tokenized blocks for pretraining."""
     options = _record_options(args, ())
     workers, use_cache = args.preprocessing_num_workers, _uses_cache(args, training_args)
@@ -170,7 +202,7 @@ def _stream(
     encode,
     block_size=None,
     text_files=None,
-) -> StageData:
+) -> StageData[audit.LabelAudit]:
     """Training rows as a RowStream, validation rows as always; the first records are audited beforehand."""
     _check_streaming(args, training_args)
 
@@ -318,6 +350,13 @@ def _limit(dataset: Dataset, rows: int | None, n_datasets: int, seed: int) -> Da
     return dataset.select(np.sort(chosen))
 
 
+def _usable(encoded: Dataset, found: dict, on_bad_row: str, harmless: str | None) -> Dataset:
+    usable = drop_unusable(encoded, on_bad_row, harmless)
+    if not len(usable):
+        raise InputError(f"no usable row is left of {', '.join(found['datasets'])}")
+    return usable
+
+
 def _count_rows(report: dict, encoded: Dataset) -> None:
     """Add what tokenization did to each data set's part of the report."""
     columns = [c for c in ("dataset", "length", "trained", "dropped", "truncated") if c in encoded.column_names]
@@ -327,6 +366,7 @@ def _count_rows(report: dict, encoded: Dataset) -> None:
             _add(counts, "tokens", int(rows["length"].sum()))
             if "trained" in rows:
                 _add(counts, "trained_tokens", int(rows["trained"].sum()))
+            if "dropped" in rows:
                 _merge_counts(counts, "dropped", rows["dropped"])
                 _merge_counts(counts, "truncated", rows["truncated"])
 
@@ -341,7 +381,7 @@ def _merge_counts(counts: dict, key: str, reasons) -> None:
     counts[key] = dict(Counter(counts.get(key, {})) + found)
 
 
-def _stage_data(train: Dataset, validation: Dataset | None, report: dict, checked: audit.LabelAudit) -> StageData:
+def _stage_data(train: Dataset, validation: Dataset | None, report: dict, checked: Audit) -> StageData[Audit]:
     report["train"]["rows"] = len(train)
     report["validation"]["rows"] = 0 if validation is None else len(validation)
     names = tuple(dict.fromkeys([*report["train"]["datasets"], *report["validation"]["datasets"]]))

@@ -27,6 +27,9 @@ from stagewise.errors import InputError
 
 Messages = list[dict[str, Any]]
 
+# What a preference row is expected to have, where its answers are the same.
+TWO_ANSWERS = "two different answers"
+
 _ROLES = {
     "system": "system",
     "user": "user",
@@ -259,7 +262,7 @@ class PreferencePair(_Record):
             _tools(row.get("tools"), options),
         )
         if pair.chosen == pair.rejected:
-            raise RowError("rejected", "the same text as in the chosen answer", "two different answers")
+            raise RowError("rejected", "the same text as in the chosen answer", TWO_ANSWERS)
         return pair
 
 

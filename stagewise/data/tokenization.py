@@ -229,7 +229,8 @@ def tokenizer_fingerprint(tokenizer) -> str:
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
-def _cache_key(*parts: object) -> str:
+def cache_key(*parts: object) -> str:
+    """The name of a tokenized data set in the cache, from everything that its ids depend on."""
     text = json.dumps([ENCODING_VERSION, *map(str, parts)])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -258,8 +259,8 @@ def tokenize_conversations(
             "truncated": [row.truncated for row in rows],
         }
 
-    key = _cache_key(dataset._fingerprint, tokenizer_fingerprint(tokenizer), renderer.fingerprint, options)
-    return _map(dataset, encode_batch, key, num_proc, load_from_cache, "Tokenizing conversations")
+    key = cache_key(dataset._fingerprint, tokenizer_fingerprint(tokenizer), renderer.fingerprint, options)
+    return map_batches(dataset, encode_batch, key, num_proc, load_from_cache, "Tokenizing conversations")
 
 
 def encode_or_drop(
@@ -293,11 +294,14 @@ def tokenize_documents(
         ids = encode_documents([Document.from_json(record).text for record in batch["record"]], tokenizer)
         return {"input_ids": ids, "length": [len(row) for row in ids]}
 
-    key = _cache_key(dataset._fingerprint, tokenizer_fingerprint(tokenizer), "documents")
-    return _map(dataset, encode_batch, key, num_proc, load_from_cache, "Tokenizing documents")
+    key = cache_key(dataset._fingerprint, tokenizer_fingerprint(tokenizer), "documents")
+    return map_batches(dataset, encode_batch, key, num_proc, load_from_cache, "Tokenizing documents")
 
 
-def _map(dataset: Dataset, encode_batch, key: str, num_proc: int | None, load_from_cache: bool, desc: str) -> Dataset:
+def map_batches(
+    dataset: Dataset, encode_batch, key: str, num_proc: int | None, load_from_cache: bool, desc: str
+) -> Dataset:
+    """The columns of `encode_batch` in place of `record`, cached under `key`."""
     return dataset.map(
         encode_batch,
         batched=True,
@@ -310,11 +314,11 @@ def _map(dataset: Dataset, encode_batch, key: str, num_proc: int | None, load_fr
     )
 
 
-def drop_unusable(dataset: Dataset, on_bad_row: str = "error", on_too_long: str = "truncate") -> Dataset:
+def drop_unusable(dataset: Dataset, on_bad_row: str = "error", harmless: str | None = None) -> Dataset:
     """Without the rows that tokenization could not use.
 
-    A row that is too long is dropped when --on_too_long says so; any other unusable row stops the run unless
-    --on_bad_row skip.
+    A row whose reason contains `harmless` is dropped without more ado (a row that is too long, where --on_too_long
+    says so); any other unusable row stops the run unless --on_bad_row skip.
 
     Raises:
         InputError: with the first such row's location and reason, and how many more there are.
@@ -323,12 +327,12 @@ def drop_unusable(dataset: Dataset, on_bad_row: str = "error", on_too_long: str 
     bad = np.flatnonzero(pc.not_equal(reasons, "").to_numpy(zero_copy_only=False))
     if not len(bad):
         return dataset
-    too_long = pc.match_substring(reasons, TOO_LONG).to_numpy(zero_copy_only=False)
-    fatal = [int(i) for i in bad if not (on_too_long == "drop" and too_long[i])]
+    fatal = [int(i) for i in bad if harmless is None or harmless not in reasons[int(i)].as_py()]
     if fatal and on_bad_row != "skip":
         first, reason = dataset[fatal[0]]["location"], reasons[fatal[0]].as_py()
         more = f" ({len(fatal) - 1} more rows cannot be used)" if len(fatal) > 1 else ""
-        remedy = "raise --model_max_length" if "max_length" in reason else "mend the row"
+        limits = {"max_prompt_length": "--max_prompt_length", "max_length": "--model_max_length"}
+        remedy = next((f"raise {flag}" for name, flag in limits.items() if name in reason), "mend the row")
         raise InputError(f"{first}: {reason}{more}; {remedy}, or pass --on_bad_row skip")
     if len(fatal) > MAX_BAD_SHARE * len(dataset):
         raise InputError(

@@ -1,4 +1,4 @@
-"""Load what a stage left behind, and generate from it."""
+"""Load what a stage left behind, and generate from it, or score with it."""
 
 import json
 from collections.abc import Sequence
@@ -6,10 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextStreamer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    TextStreamer,
+)
 
 from stagewise.errors import InputError
-from stagewise.modeling.loading import fit_embedding
+from stagewise.modeling.loading import fit_embedding, is_reward_model, prepare_scoring
 
 
 @dataclass(frozen=True)
@@ -48,22 +54,34 @@ def load_for_inference(
     dtype: str = "auto",
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
+    scores: bool = False,
 ):
     """(model, tokenizer) of a full or merged model, of base + adapter, or of an adapter folder that names its base.
 
+    Args:
+        scores: a reward model is wanted, which scores; otherwise a language model, which generates.
+
     Raises:
-        InputError: nothing loadable there, or the adapter does not fit.
+        InputError: nothing loadable there, the adapter does not fit, or it is a model of the other kind.
     """
+    _check_kind(adapter_path or model_path, scores)
     if adapter_path is None and (Path(model_path) / "adapter_config.json").is_file():
         adapter_path = model_path
         model_path = json.loads((Path(adapter_path) / "adapter_config.json").read_text())["base_model_name_or_path"]
     tokenizer_path = tokenizer_path or _first_with_tokenizer(adapter_path, model_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, trust_remote_code=trust_remote_code)
+        auto_class, labels = (
+            (AutoModelForSequenceClassification, {"num_labels": 1}) if scores else (AutoModelForCausalLM, {})
+        )
+        model = auto_class.from_pretrained(model_path, dtype=dtype, trust_remote_code=trust_remote_code, **labels)
     except (OSError, ValueError) as error:
         raise InputError(f"--model_name_or_path {model_path}: {error}") from error
     fit_embedding(model, tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if scores and (adapter_path or model.config.get_text_config().pad_token_id is None):
+        prepare_scoring(model, tokenizer)
     if adapter_path:
         from peft import PeftModel
 
@@ -71,10 +89,17 @@ def load_for_inference(
             model = PeftModel.from_pretrained(model, adapter_path)
         except (OSError, RuntimeError, ValueError) as error:
             raise InputError(f"--lora_model {adapter_path}: does not fit {model_path}: {error}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return model.to(device).eval(), tokenizer
+
+
+def _check_kind(path: str, scores: bool) -> None:
+    if scores and not is_reward_model(path):
+        raise InputError(
+            f"--score: {path} is no reward model, it has no score head; give one that reward_modeling.py made"
+        )
+    if not scores and is_reward_model(path):
+        raise InputError(f"{path}: is a reward model, it scores answers and writes none; pass --score")
 
 
 def _first_with_tokenizer(adapter_path: str | None, model_path: str) -> str:
@@ -131,3 +156,30 @@ def generate(
         for i, answer in zip(rows, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
             answers[i] = answer.strip()
     return answers
+
+
+@torch.inference_mode()
+def score(model: PreTrainedModel, tokenizer, texts: Sequence[str], batch_size: int = 8) -> list[float]:
+    """The score of each rendered conversation, in the order given. Texts are batched by length.
+
+    Raises:
+        InputError: a text is longer than the model's positions.
+    """
+    config = model.config.get_text_config()
+    encoded = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+    positions = getattr(config, "max_position_embeddings", None)
+    longest = max(map(len, encoded), default=0)
+    if positions and longest > positions:
+        raise InputError(f"a conversation of {longest} tokens is more than the model's {positions} positions")
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    scores = [0.0] * len(encoded)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        ids = [torch.tensor(encoded[i]) for i in rows]
+        lengths = torch.tensor([len(row) for row in ids])
+        batch = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=config.pad_token_id)
+        mask = torch.arange(batch.shape[1])[None] < lengths[:, None]
+        output = model(batch.to(model.device), attention_mask=mask.long().to(model.device), use_cache=False)
+        for i, value in zip(rows, output.logits.squeeze(-1).float().tolist(), strict=True):
+            scores[i] = value
+    return scores

@@ -1,17 +1,31 @@
-"""Load a tokenizer and a causal LM, or build the model from a configuration alone."""
+"""Load a tokenizer and a model, causal LM or reward model, or build the model from a configuration alone."""
 
+import json
 import logging
 import os
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from stagewise.arguments import ModelArguments
 from stagewise.errors import InputError
 from stagewise.modeling.token_loss import install_token_loss
 
 logger = logging.getLogger(__name__)
+
+# What architectures call the layer that makes a score of a hidden state; peft trains and saves modules of these names.
+SCORE_HEADS = ("score", "classifier")
 
 
 def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
@@ -77,16 +91,7 @@ def load_causal_lm(
     Raises:
         InputError: the model cannot be loaded, or float16 weights are to be trained.
     """
-    config = load_config(args)
-    dtype = "auto" if args.dtype in (None, "auto") else getattr(torch, args.dtype)
-    if trains_all and dtype == torch.float16:
-        raise InputError(
-            "--dtype float16: weights that are trained cannot be float16 (their gradients cannot be unscaled); "
-            "use --dtype float32 --fp16 True, or an adapter (--use_peft True)"
-        )
-    if trains_all and dtype == "auto":
-        dtype = torch.float32
-    model = _build_causal_lm(args, config, dtype)
+    model = _build_model(AutoModelForCausalLM, args, load_config(args), _weights_dtype(args, trains_all))
     fit_embedding(model, tokenizer)
     if not install_token_loss(model, label_smoothing):
         logger.warning(
@@ -95,12 +100,119 @@ def load_causal_lm(
     return model
 
 
-def _build_causal_lm(args: ModelArguments, config, dtype) -> PreTrainedModel:
+def load_reward_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, trains_all: bool) -> PreTrainedModel:
+    """The model to train with one score for a row, read at its last token that is no padding.
+
+    The head is new (drawn with the run's seed) unless the model is a reward model already. It is always in float32,
+    because it is always trained; for the other weights see load_causal_lm.
+
+    Raises:
+        InputError: the architecture has no such head (see check_score_head), or the model cannot be loaded.
+    """
+    check_score_head(args)
+    config = load_config(args)
+    goes_on = bool(args.model_name_or_path) and is_reward_model(str(args.model_name_or_path))
+    if goes_on and config.num_labels != 1:
+        raise InputError(
+            f"--model_name_or_path {args.model_name_or_path}: sorts texts into {config.num_labels} classes, and a "
+            "reward model gives one score; start from a language model or from a reward model"
+        )
+    config.num_labels = 1
+    if not goes_on:
+        logger.info("the score head is new, its weights are drawn with --seed")
+    model = _build_model(AutoModelForSequenceClassification, args, config, _weights_dtype(args, trains_all))
+    fit_embedding(model, tokenizer)
+    prepare_scoring(model, tokenizer)
+    return model
+
+
+def check_score_head(args: ModelArguments) -> None:
+    """Read the configuration file alone: an architecture without a sequence-classification head is an error.
+
+    Raises:
+        InputError: neither transformers nor the model's own code has AutoModelForSequenceClassification for it.
+    """
+    name = args.model_name_or_path or args.config_name or ""
+    try:
+        found, _ = PretrainedConfig.get_config_dict(
+            name, revision=args.model_revision, cache_dir=args.cache_dir, token=args.hf_hub_token
+        )
+    except OSError as error:
+        raise InputError(f"--model_name_or_path {name}: {error}") from error
+    model_type = found.get("model_type")
+    own_code = "AutoModelForSequenceClassification" in found.get("auto_map", {})
+    if own_code or model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        return
+    raise InputError(
+        f"--model_name_or_path {name}: {model_type} has no AutoModelForSequenceClassification, so there is nothing to "
+        "read a score from; choose a base of another architecture (llama, qwen2, qwen3, mistral, gemma, glm4, bloom "
+        "and most others have one), or learn from the same pairs without a reward model, by DPO"
+    )
+
+
+def is_reward_model(name: str) -> bool:
+    """Whether a model (a folder, or on the hub) or an adapter (a folder) gives scores, by its own configuration."""
+    adapter = Path(name, "adapter_config.json")
+    if adapter.is_file():
+        return json.loads(adapter.read_text(encoding="utf-8")).get("task_type") == "SEQ_CLS"
+    try:
+        config, _ = PretrainedConfig.get_config_dict(name)
+    except OSError:
+        return False
+    return any("ForSequenceClassification" in name for name in config.get("architectures") or [])
+
+
+def prepare_scoring(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tell the model which token is padding, and keep its head in float32 whatever the other weights are.
+
+    Raises:
+        InputError: the head is none that an adapter would train and save.
+    """
+    model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+    head = next((getattr(model, name) for name in SCORE_HEADS if hasattr(model, name)), None)
+    if head is None:
+        raise InputError(f"{type(model).__name__}: has no head called {' or '.join(SCORE_HEADS)}; choose another base")
+    if any(parameter.dtype != torch.float32 for parameter in head.parameters()):
+        # a learning rate of 1e-5 would be lost in bf16's eight bits
+        head.float().register_forward_pre_hook(_float32_input)
+
+
+def _float32_input(head: nn.Module, inputs: tuple) -> tuple:
+    return (inputs[0].float(), *inputs[1:])
+
+
+def reserve_padding(tokenizer: PreTrainedTokenizerBase, stop_tokens: tuple[str, ...]) -> None:
+    """A padding token that no row ends with, or its last token would pass for padding when its score is read.
+
+    Where the tokenizer pads with a stop token another special token takes its place; a tokenizer with no other one
+    keeps it, and scores are then read one token earlier, in training as in use.
+    """
+    used = {tokenizer.eos_token, tokenizer.bos_token, *stop_tokens}
+    if tokenizer.pad_token not in used:
+        return
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    free = [token for token in (tokenizer.unk_token, *special) if token and token not in used]
+    if free:
+        logger.info("padding: %s in place of %s, which ends rows", free[0], tokenizer.pad_token)
+        tokenizer.pad_token = free[0]
+
+
+def _weights_dtype(args: ModelArguments, trains_all: bool):
+    dtype = "auto" if args.dtype in (None, "auto") else getattr(torch, args.dtype)
+    if trains_all and dtype == torch.float16:
+        raise InputError(
+            "--dtype float16: weights that are trained cannot be float16 (their gradients cannot be unscaled); "
+            "use --dtype float32 --fp16 True, or an adapter (--use_peft True)"
+        )
+    return torch.float32 if trains_all and dtype == "auto" else dtype
+
+
+def _build_model(auto_class, args: ModelArguments, config, dtype) -> PreTrainedModel:
     attention = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
     if not args.model_name_or_path:
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32 if dtype == "auto" else dtype, **attention)
+        return auto_class.from_config(config, dtype=torch.float32 if dtype == "auto" else dtype, **attention)
     return _from_pretrained(
-        AutoModelForCausalLM,
+        auto_class,
         args.model_name_or_path,
         args,
         flag="--model_name_or_path",

@@ -1,5 +1,6 @@
 """Put a LoRA adapter on a model: fresh, or from an old adapter's weights."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from stagewise.arguments import LoraArguments
 from stagewise.errors import InputError
 
 logger = logging.getLogger(__name__)
+
+_TASKS = {"CAUSAL_LM": "a language model (CAUSAL_LM)", "SEQ_CLS": "a reward model (SEQ_CLS)"}
 
 
 def attach_adapter(
@@ -36,7 +39,7 @@ def attach_adapter(
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if args.peft_path:
-        check_adapter(args.peft_path)
+        check_adapter(args.peft_path, task_type)
         try:
             peft_model = PeftModel.from_pretrained(model, args.peft_path, is_trainable=True)
         except RuntimeError as error:  # sizes differ
@@ -44,7 +47,8 @@ def attach_adapter(
     else:
         targets = target_modules(model, args.target_modules)
         saved = modules_to_save(model, args.modules_to_save) or (embedding_names(model) if trains_new_tokens else None)
-        tied = getattr(model.config, "tie_word_embeddings", False) and bool(saved)
+        has_head = model.get_output_embeddings() is not None  # of a vocabulary; a reward model has none
+        tied = getattr(model.config, "tie_word_embeddings", False) and has_head and bool(saved)
         peft_model = get_peft_model(
             model,
             LoraConfig(
@@ -66,13 +70,19 @@ def attach_adapter(
     return peft_model
 
 
-def check_adapter(path: str) -> None:
-    """Raise InputError unless `path` is a folder with a LoRA adapter."""
+def check_adapter(path: str, task_type: str) -> None:
+    """Raise InputError unless `path` is a folder with a LoRA adapter that was trained for `task_type`."""
     folder = Path(path)
     if not (folder / "adapter_config.json").is_file():
         raise InputError(f"--peft_path {path}: no adapter_config.json there; give the folder of an adapter")
     if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
         raise InputError(f"--peft_path {path}: adapter_config.json is there, but no adapter_model.safetensors")
+    found = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("task_type") or task_type
+    if found != task_type:
+        raise InputError(
+            f"--peft_path {path}: was trained for {_TASKS.get(found, found)}, and this stage trains "
+            f"{_TASKS.get(task_type, task_type)}; merge it into its base and start from the merged model"
+        )
 
 
 def target_modules(model: nn.Module, spec: str) -> str | list[str]:

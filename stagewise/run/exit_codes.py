@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -40,8 +41,19 @@ def _quiet_libraries() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # DeepSpeed, imported by accelerate's look-around, on a machine without an accelerator
     logging.getLogger("DeepSpeed").addFilter(lambda record: "unable to detect it" not in record.getMessage())
+    # a language model that becomes a reward model, or is the base of one, has no score head: that is expected
+    logging.getLogger("transformers.modeling_utils").addFilter(lambda record: not _misses_score_head_alone(record))
     # peft reads a name that transformers renamed
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+
+
+def _misses_score_head_alone(record: logging.LogRecord) -> bool:
+    """Whether the report of a loaded checkpoint names no other weights than the head that a reward model replaces."""
+    rows = re.findall(r"^(\S+)\s+\|.*(MISSING|UNEXPECTED|MISMATCH|CONVERSION)", record.getMessage(), flags=re.M)
+    return ("score.weight", "MISSING") in rows and {*rows} <= {
+        ("score.weight", "MISSING"),
+        ("lm_head.weight", "UNEXPECTED"),
+    }
 
 
 def _leave_process_group() -> None:

@@ -21,7 +21,7 @@ from stagewise.run import lineage
 from stagewise.run.callbacks import SaveOnSignal, SaveStreamPosition, resume_stream
 from stagewise.run.checkpoints import checkpoint_step, find_resume_checkpoint
 from stagewise.run.logging import LogLine, peak_memory_gib, setup_logging
-from stagewise.run.plots import plot_loss
+from stagewise.run.plots import plot_loss, plot_scores
 
 logger = logging.getLogger(__name__)
 
@@ -217,6 +217,14 @@ def evaluate_run(trainer: Trainer, metric_key_prefix: str = "eval") -> dict:
     metrics = trainer.evaluate(metric_key_prefix=metric_key_prefix)
     trainer.save_metrics("eval", metrics)
     return metrics
+
+
+def report_scores(trainer, run_args) -> None:
+    """The histogram of the last evaluation's chosen_scores and rejected_scores, on the main process."""
+    if trainer.args.should_save and run_args.plot_loss:
+        output = Path(trainer.args.output_dir)
+        title = f"{output.name}: scores of {len(trainer.chosen_scores)} held-out pairs"
+        plot_scores(trainer.chosen_scores, trainer.rejected_scores, output / "scores.png", title)
 
 
 def report_run(trainer: Trainer, run_args, arguments: Sequence[object], data_report: dict, metrics: dict) -> None:

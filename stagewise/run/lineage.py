@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from stagewise.errors import InputError
+from stagewise.modeling.loading import is_reward_model
 
 FILE = "stage.json"
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "deepspeed", "bitsandbytes")
@@ -21,6 +22,32 @@ def read_stage(folder: str | Path | None) -> dict | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: cannot be read: {error}; delete it to use the model without its history") from error
+
+
+def read_parent(model: str | None, takes_reward_model: bool = False) -> dict | None:
+    """The stage.json of the model that a stage starts from, or None; refuses what is no start for it.
+
+    Args:
+        takes_reward_model: the stage trains a score head, and may go on with one.
+
+    Raises:
+        InputError: `model` is an adapter that was not merged, or a reward model where a language model is needed.
+    """
+    folder = Path(model or ".")
+    if model is None or not folder.is_dir():
+        return None
+    if (folder / "adapter_config.json").is_file():
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise InputError(
+            f"--model_name_or_path {model}: is an adapter, not a model; merge it and start from the result: "
+            f"python merge_peft_adapter.py --base_model {base} --lora_model {model} --output_dir {model}-merged"
+        )
+    if not takes_reward_model and is_reward_model(model):
+        raise InputError(
+            f"--model_name_or_path {model}: is a reward model: it gives a score and has no language-model head; "
+            "start from the model that it was trained from (base_model in its stage.json)"
+        )
+    return read_stage(folder)
 
 
 def write_stage(folder: str | Path, **fields: object) -> dict:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from stagewise.errors import InputError
-from stagewise.modeling.loading import fit_embedding
+from stagewise.modeling.loading import fit_embedding, prepare_scoring
 from stagewise.run import lineage
 
 logger = logging.getLogger(__name__)
@@ -22,6 +22,8 @@ REPORT = "merge_report.json"
 # difference means a wrong merge, and for the saved weights, whose cast may turn a near tie.
 MIN_MERGED_AGREEMENT = 0.99
 MIN_SAVED_AGREEMENT = 0.9
+# Scores of two prompts that are this close, as a share of the range of all, may change places when they are rounded.
+NEAR_TIE = 0.05
 # Short texts of several kinds; what they say does not matter, both models get the same ids.
 PROMPTS = (
     "The heart pumps blood through the body.",
@@ -118,6 +120,8 @@ def load_base(base_model: str, lora_model: str, tokenizer, device: torch.device,
             raise
         raise InputError(f"--base_model {base_model}: {error}") from error
     fit_embedding(model, tokenizer)
+    if scores:
+        prepare_scoring(model, tokenizer)
     return model.to(device).eval(), str(config.dtype or torch.float32).removeprefix("torch.")
 
 
@@ -263,12 +267,15 @@ def outputs_of(model: nn.Module, ids: list[Tensor]) -> list[Tensor]:
 def compare(outputs: list[Tensor], wanted: list[Tensor]) -> dict[str, float]:
     """Largest and mean |difference|, and the share of positions where the largest logit is the same one.
 
-    Scores have one column, where "the largest" says nothing: there, agreement is of the prompts' order by score.
+    Scores have one column, where "the largest" says nothing: there, agreement is of the prompts' order by score, over
+    the pairs of prompts that are further apart than NEAR_TIE of the range of scores.
     """
     differences = torch.cat([(a - b).abs().flatten() for a, b in zip(outputs, wanted, strict=True)])
     if outputs[0].shape[-1] == 1:
-        got, want = torch.cat(outputs).flatten(), torch.cat(wanted).flatten()
-        agreement = (got.argsort() == want.argsort()).double().mean().item()
+        got, want = (torch.cat(scores).flatten() for scores in (outputs, wanted))
+        apart, wanted_apart = (scores[:, None] - scores[None] for scores in (got, want))
+        clear = wanted_apart > NEAR_TIE * (want.max() - want.min())
+        agreement = (apart[clear] > 0).double().mean().item() if clear.any() else 1.0
     else:
         same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(outputs, wanted, strict=True)])
         agreement = same.double().mean().item()

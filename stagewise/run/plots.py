@@ -1,7 +1,9 @@
-"""Curves of a run as PNG files, from the Trainer's log history."""
+"""Curves and histograms of a run as PNG files."""
 
 from collections.abc import Sequence
 from pathlib import Path
+
+SCORE_BINS = 24
 
 
 def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
@@ -18,13 +20,7 @@ def plot_loss(log_history: Sequence[dict], path: Path, title: str) -> bool:
     evaluation = [(entry["step"], entry["eval_loss"]) for entry in log_history if "eval_loss" in entry]
     if not train and not evaluation:
         return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # no pyplot: it would choose a window system and keep figures alive
-    figure = Figure(figsize=(8, 5))
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = _figure()
     if train:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color="tab:blue", alpha=0.3, label="training loss")
@@ -33,7 +29,33 @@ def plot_loss(log_history: Sequence[dict], path: Path, title: str) -> bool:
         steps, losses = zip(*evaluation, strict=True)
         axes.plot(steps, losses, color="tab:orange", marker="o", label="evaluation loss")
     axes.set(xlabel="step", ylabel="loss", title=title)
+    _save(figure, axes, path)
+    return True
+
+
+def plot_scores(chosen: Sequence[float], rejected: Sequence[float], path: Path, title: str) -> None:
+    """Histograms of the scores that a reward model gives to chosen and to rejected answers, over the same bins."""
+    figure, axes = _figure()
+    low, high = min(*chosen, *rejected), max(*chosen, *rejected)
+    bins = [low + (high - low) * i / SCORE_BINS for i in range(SCORE_BINS + 1)] if high > low else 1
+    for scores, label, colour in ((chosen, "chosen", "tab:green"), (rejected, "rejected", "tab:red")):
+        axes.hist(scores, bins=bins, alpha=0.5, color=colour, label=label)
+        axes.axvline(sum(scores) / len(scores), color=colour, linestyle="--")
+    axes.set(xlabel="score (dashed: mean)", ylabel="answers", title=title)
+    _save(figure, axes, path)
+
+
+def _figure():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # no pyplot: it would choose a window system and keep figures alive
+    figure = Figure(figsize=(8, 5))
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _save(figure, axes, path: Path) -> None:
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120, bbox_inches="tight")
-    return True

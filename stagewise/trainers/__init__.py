@@ -1,1 +1,1 @@
-"""Subclasses of transformers.Trainer, one level deep; each overrides only what its loss needs."""
+"""Subclasses of transformers.Trainer, one level deep, with one mixin; each overrides only what its loss needs."""

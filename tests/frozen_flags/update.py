@@ -12,6 +12,7 @@ FOLDER = Path(__file__).resolve().parent
 def stage_flags() -> dict[str, list[str]]:
     """Flags of each list; those of transformers.TrainingArguments are transformers' own business."""
     import pretraining
+    import reward_modeling
     import supervised_finetuning
     from stagewise.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, flag_names
 
@@ -19,6 +20,7 @@ def stage_flags() -> dict[str, list[str]]:
         "shared": flag_names(ModelArguments, LoraArguments, DataArguments, RunArguments),
         "pt": flag_names(pretraining.PTArguments),
         "sft": flag_names(supervised_finetuning.SFTArguments),
+        "rm": flag_names(reward_modeling.RMArguments),
     }
 
 

@@ -1,0 +1,98 @@
+"""What the Trainer of every stage does: throughput in the log, and a floor under the learning rate."""
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+# What collators add beside the model's inputs.
+NUM_TOKENS = "num_tokens"  # real tokens of each row, padding not counted
+DATASET_ID = "dataset_id"  # (B,), index into `dataset_names`
+
+if TYPE_CHECKING:  # the mixin calls what the Trainer behind it has
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+
+class StageTrainerMixin(_Base):
+    """Stands in front of a Trainer class: `class CausalLMTrainer(StageTrainerMixin, Trainer)`.
+
+    Throughput (`tokens_per_second`) counts real tokens of all processes over wall-clock time without evaluations and
+    checkpoints; the class's compute_loss hands them to `count_tokens`.
+
+    Args:
+        min_lr: the learning rate never falls below it: lr = max(schedule, min_lr).
+    """
+
+    def __init__(self, *args, min_lr: float | None = None, **kwargs):
+        kwargs["args"].remove_unused_columns = False  # the collator picks what the model gets
+        super().__init__(*args, **kwargs)
+        self.min_lr = min_lr
+        self._new_tokens: Tensor | None = None  # since the last log; on the device
+        self._clock = time.perf_counter()
+        self._paused_s = 0.0
+
+    def count_tokens(self, num_tokens: Tensor | None) -> None:
+        """Add the real tokens of a training batch, given row by row; those of an evaluation are not counted."""
+        if num_tokens is not None and self.model.training:
+            # stays on the device: no synchronisation before the next log
+            total = num_tokens.sum()
+            self._new_tokens = total if self._new_tokens is None else self._new_tokens + total
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self.min_lr is not None and not getattr(scheduler, "has_floor", False):
+            if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+                raise InputError(f"--min_lr: --lr_scheduler_type {self.args.lr_scheduler_type} takes no floor")
+            scheduler.lr_lambdas = [
+                _with_floor(schedule, self.min_lr / base)
+                for schedule, base in zip(scheduler.lr_lambdas, scheduler.base_lrs, strict=True)
+            ]
+            scheduler.has_floor = True
+        return scheduler
+
+    def evaluate(self, *args, **kwargs):
+        started = time.perf_counter()
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self._paused_s += time.perf_counter() - started
+
+    def _save_checkpoint(self, *args, **kwargs):
+        started = time.perf_counter()
+        super()._save_checkpoint(*args, **kwargs)
+        self._paused_s += time.perf_counter() - started
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self._new_tokens is not None:
+            logs |= self._throughput(self._new_tokens)
+        super().log(logs, start_time)
+
+    def _throughput(self, new_tokens: Tensor) -> dict[str, float]:
+        tokens = int(self.accelerator.gather(new_tokens.reshape(1)).sum())
+        now = time.perf_counter()
+        seconds = now - self._clock - self._paused_s
+        self._clock, self._paused_s, self._new_tokens = now, 0.0, None
+        self.state.num_input_tokens_seen += tokens
+        return {
+            "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+            "num_tokens": self.state.num_input_tokens_seen,
+        }
+
+    def training_step(self, *args, **kwargs):
+        if self._new_tokens is None:  # the first step after a log (or after the start)
+            self._new_tokens = torch.zeros((), dtype=torch.long, device=self.args.device)
+            if self.state.global_step == self._initial_global_step:
+                self._clock, self._paused_s = time.perf_counter(), 0.0
+        return super().training_step(*args, **kwargs)
+
+
+def _with_floor(schedule, floor: float):
+    """A schedule's factor, not below `floor`. A plain function: LambdaLR keeps those out of the checkpoint."""
+
+    def factor(step: int) -> float:
+        return max(schedule(step), floor)
+
+    return factor
