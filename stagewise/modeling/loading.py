@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -80,9 +81,14 @@ def load_config(args: ModelArguments):
 
 
 def load_causal_lm(
-    args: ModelArguments, tokenizer: PreTrainedTokenizerBase, trains_all: bool, label_smoothing: float = 0.0
+    args: ModelArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    trains_all: bool,
+    label_smoothing: float = 0.0,
+    token_loss: bool = True,
 ) -> PreTrainedModel:
-    """The model to train: an embedding that holds the vocabulary, a loss that never holds all logits (token_loss).
+    """The model to train: an embedding that holds the vocabulary, a loss that never holds all logits (token_loss;
+    off for trainers with a loss of their own).
 
     dtype: --dtype; `auto` is the checkpoint's own for frozen weights under an adapter, and float32 when every
     parameter is trained, because an optimizer step of 1e-5 is lost in bf16's eight bits (--bf16 then multiplies in
@@ -93,11 +99,25 @@ def load_causal_lm(
     """
     model = _build_model(AutoModelForCausalLM, args, load_config(args), _weights_dtype(args, trains_all))
     fit_embedding(model, tokenizer)
-    if not install_token_loss(model, label_smoothing):
+    if token_loss and not install_token_loss(model, label_smoothing):
         logger.warning(
             "%s does more than head(decoder(x)): its own logits are used, whole in memory", type(model).__name__
         )
     return model
+
+
+def load_reference(
+    args: ModelArguments, tokenizer: PreTrainedTokenizerBase, other: str | None, trains_all: bool
+) -> PreTrainedModel | None:
+    """The frozen reference where it needs a model of its own: --ref_model_name_or_path, or, when all weights of the
+    policy are trained, the policy's start once more. None where the policy without its adapter is the reference.
+    """
+    if not other and not trains_all:
+        return None
+    if other:
+        args = replace(args, model_name_or_path=other, config_name=None)
+    logger.info("the reference is a second model in memory: %s", args.model_name_or_path)
+    return load_causal_lm(args, tokenizer, trains_all, token_loss=False).requires_grad_(False).eval()
 
 
 def load_reward_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, trains_all: bool) -> PreTrainedModel:

@@ -36,38 +36,61 @@ def attach_adapter(
         model.requires_grad_(True)
         return model
 
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import get_peft_model
 
     if args.peft_path:
-        check_adapter(args.peft_path, task_type)
-        try:
-            peft_model = PeftModel.from_pretrained(model, args.peft_path, is_trainable=True)
-        except RuntimeError as error:  # sizes differ
-            raise InputError(f"--peft_path {args.peft_path}: does not fit this base model: {error}") from error
+        peft_model = _load_adapter(model, args.peft_path, task_type)
     else:
-        targets = target_modules(model, args.target_modules)
-        saved = modules_to_save(model, args.modules_to_save) or (embedding_names(model) if trains_new_tokens else None)
-        has_head = model.get_output_embeddings() is not None  # of a vocabulary; a reward model has none
-        tied = getattr(model.config, "tie_word_embeddings", False) and has_head and bool(saved)
-        peft_model = get_peft_model(
-            model,
-            LoraConfig(
-                task_type=task_type,
-                target_modules=targets,
-                r=args.lora_rank,
-                lora_alpha=args.lora_alpha,
-                lora_dropout=args.lora_dropout,
-                modules_to_save=saved,
-                use_dora=args.use_dora,
-                use_rslora=args.use_rslora,
-                **({"ensure_weight_tying": True} if tied else {}),
-            ),
-        )
+        peft_model = get_peft_model(model, lora_config(model, args, task_type, trains_new_tokens))
     trainable, total = peft_model.get_nb_trainable_parameters()
     logger.info(
         "LoRA: %s of %s parameters are trained (%.2f%%)", f"{trainable:,}", f"{total:,}", 100 * trainable / total
     )
     return peft_model
+
+
+def policy_adapter(model: PreTrainedModel, args: LoraArguments):
+    """(model, configuration of the adapter still to be put on it or None): what trl's trainers want.
+
+    A fresh adapter is left to them: the reference is then the model with the adapter off. With --peft_path the old
+    adapter is on the model, and they freeze a copy of it as the reference.
+
+    Raises:
+        InputError: as attach_adapter.
+    """
+    if args.use_peft and not args.peft_path:
+        return model, lora_config(model, args, "CAUSAL_LM")
+    return attach_adapter(model, args), None
+
+
+def lora_config(model: PreTrainedModel, args: LoraArguments, task_type: str, trains_new_tokens: bool = False):
+    """peft's LoraConfig for a fresh adapter, its targets found in the model."""
+    from peft import LoraConfig
+
+    saved = modules_to_save(model, args.modules_to_save) or (embedding_names(model) if trains_new_tokens else None)
+    has_head = model.get_output_embeddings() is not None  # of a vocabulary; a reward model has none
+    tied = getattr(model.config, "tie_word_embeddings", False) and has_head and bool(saved)
+    return LoraConfig(
+        task_type=task_type,
+        target_modules=target_modules(model, args.target_modules),
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        modules_to_save=saved,
+        use_dora=args.use_dora,
+        use_rslora=args.use_rslora,
+        **({"ensure_weight_tying": True} if tied else {}),
+    )
+
+
+def _load_adapter(model: PreTrainedModel, path: str, task_type: str):
+    from peft import PeftModel
+
+    check_adapter(path, task_type)
+    try:
+        return PeftModel.from_pretrained(model, path, is_trainable=True)
+    except RuntimeError as error:  # sizes differ
+        raise InputError(f"--peft_path {path}: does not fit this base model: {error}") from error
 
 
 def check_adapter(path: str, task_type: str) -> None:

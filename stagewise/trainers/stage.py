@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stagewise.errors import InputError
+
 # What collators add beside the model's inputs.
 NUM_TOKENS = "num_tokens"  # real tokens of each row, padding not counted
 DATASET_ID = "dataset_id"  # (B,), index into `dataset_names`

@@ -1,0 +1,86 @@
+"""DPO through trl's DPOTrainer, fed with ids of ours, and checked at its first step."""
+
+import dataclasses
+import math
+import os
+from typing import Any
+
+from transformers import TrainingArguments
+
+from stagewise.errors import InputError
+from stagewise.trainers.stage import StageTrainerMixin
+
+# The loss of a policy that equals its reference; rounding of the two forward passes apart.
+FIRST_LOSS_TOLERANCE = 1e-3
+FIRST_LOSS_TOLERANCE_LOW_PRECISION = 2e-2
+
+
+def dpo_config(args: TrainingArguments, **options: Any):
+    """trl's DPOConfig with every setting of `args`, and `options` of DPO.
+
+    Rows arrive tokenized and cut, so trl's own max_length is off; dropout is off in both models.
+
+    Raises:
+        InputError: trl refuses the combination.
+    """
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # trl reports its use otherwise
+    from trl import DPOConfig
+
+    known = {field.name for field in dataclasses.fields(DPOConfig) if field.init}
+    values = {
+        field.name: getattr(args, field.name)
+        for field in dataclasses.fields(args)
+        if field.init and field.name in known
+    }
+    try:
+        return DPOConfig(**{**values, "max_length": None, "disable_dropout": True, **options})
+    except ValueError as error:
+        raise InputError(f"DPO settings: {error}") from error
+
+
+def dpo_trainer_class() -> type:
+    """trl's DPOTrainer for rows of prompt_ids, chosen_ids, rejected_ids.
+
+    With `reference_free` the reference gives every answer the same probability. Otherwise, where the reference is the
+    policy's own start, the sigmoid loss of the first step must be -log sigmoid(0) = ln 2: a run that begins elsewhere
+    trains against a wrong reference and is stopped.
+    """
+    from trl import DPOTrainer
+
+    class PreferenceTrainer(StageTrainerMixin, DPOTrainer):
+        def __init__(self, *args, reference_free: bool = False, starts_at_reference: bool = True, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.reference_free = reference_free
+            if reference_free:
+                self.precompute_ref_logps = True  # taken from the batch, where they are 0
+                self.ref_model = None
+            sigmoid_only = self.loss_types == ["sigmoid"] and not self.label_smoothing
+            self._check_first_loss = starts_at_reference and not reference_free and sigmoid_only
+
+        def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+            return dataset  # rendered, tokenized and cut by stagewise.data.preferences
+
+        def _compute_loss(self, model, inputs, return_outputs):
+            self.count_tokens(inputs["attention_mask"].sum(1))
+            if self.reference_free:
+                pairs = inputs["input_ids"].shape[0] // 2
+                zeros = inputs["input_ids"].new_zeros(pairs).float()
+                inputs = {**inputs, "ref_chosen_logps": zeros, "ref_rejected_logps": zeros}
+            result = super()._compute_loss(model, inputs, return_outputs)
+            if self._check_first_loss and self.model.training:
+                self._check_first_loss = False
+                if self.state.global_step == 0:
+                    _require_ln2(float(result[0] if return_outputs else result), self.args)
+            return result
+
+    return PreferenceTrainer
+
+
+def _require_ln2(loss: float, args: TrainingArguments) -> None:
+    low = args.bf16 or args.fp16
+    tolerance = FIRST_LOSS_TOLERANCE_LOW_PRECISION if low else FIRST_LOSS_TOLERANCE
+    if not abs(loss - math.log(2)) <= tolerance:
+        raise InputError(
+            f"DPO loss at step 0 is {loss:.4f}, not ln 2 = 0.6931: policy and reference differ before training; "
+            "check --peft_path and --model_name_or_path"
+        )
