@@ -12,8 +12,8 @@ TRAIN="${TRAIN:-examples/reward/train}"
 VALIDATION="${VALIDATION:-examples/reward/validation}"
 
 if [ -n "$EMBEDDED" ]; then
-    TEMPLATE="${TEMPLATE:-chatml}"
-    PRESET=(--lora_rank 16 --lora_alpha 32 --max_length 256 --num_train_epochs 3 --learning_rate 5e-4 --warmup_steps 5
+    [ -f "$MODEL/stage.json" ] || TEMPLATE="${TEMPLATE:-chatml}"
+    PRESET=(--lora_rank 16 --lora_alpha 32 --lora_dropout 0 --max_length 256 --num_train_epochs 2 --learning_rate 5e-4 --warmup_steps 5
         --per_device_train_batch_size 8 --per_device_eval_batch_size 8 --eval_strategy epoch)
 else
     PRESET=(--lora_rank 8 --lora_alpha 16 --max_length 1024 --max_prompt_length 512 --num_train_epochs 1

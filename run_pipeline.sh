@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# The staged chain on a fresh machine: PT -> merge -> SFT -> merge -> questions, and one table of what was learnt.
+# The staged chain on a fresh machine: PT -> merge -> SFT -> merge -> questions, RM -> merge, DPO -> merge, and one table
+# of what was learnt.
 #   bash run_pipeline.sh                                  the embedded default: a tiny model, trained from scratch
 #   MODEL=Qwen/Qwen2.5-0.5B bash run_pipeline.sh          the same chain on a real model (adapters, merged between stages)
 #   OUTPUT_ROOT   where everything goes (outputs/pipeline)
-#   PT_FLAGS, SFT_FLAGS   more flags for a stage: SFT_FLAGS="--max_steps 100"
+#   PT_FLAGS, SFT_FLAGS, RM_FLAGS, DPO_FLAGS   more flags for a stage: SFT_FLAGS="--max_steps 100"
 set -euo pipefail
 cd "$(dirname "$0")"
 ROOT="${OUTPUT_ROOT:-outputs/pipeline}"
@@ -40,4 +41,9 @@ for questions in questions identity_questions; do
     run "$questions" python inference.py --model_name_or_path "$ROOT/sft-merged" --max_new_tokens 64 \
         --input_file "examples/$questions.jsonl" --output_file "$ROOT/$questions.answers.jsonl"
 done
+MODEL="$ROOT/sft-merged"
+OUTPUT="$ROOT/rm" run rm bash run_rm.sh --eval_on_start True --overwrite_output_dir True ${RM_FLAGS:-}
+run rm-merge merge "$MODEL" "$ROOT/rm" "$ROOT/rm-merged"
+OUTPUT="$ROOT/dpo" run dpo bash run_dpo.sh --eval_on_start True --overwrite_output_dir True ${DPO_FLAGS:-}
+run dpo-merge merge "$MODEL" "$ROOT/dpo" "$ROOT/dpo-merged"
 python examples/pipeline_report.py --root "$ROOT" --name "${NAME:-Stagewise}"

@@ -2,32 +2,39 @@
 
 import argparse
 import json
-import math
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-STAGES = (("pt", "perplexity, held-out text"), ("sft", "loss, held-out answers"))
+# stage, what is measured, the logged figure (of held-out data), how it is shown
+STAGES = (
+    ("pt", "perplexity of held-out text", "eval_perplexity"),
+    ("sft", "loss of held-out answers", "eval_loss"),
+    ("rm", "accuracy on held-out pairs", "eval_accuracy"),
+    ("rm", "margin of scores", "eval_margin"),
+    ("dpo", "accuracy on held-out pairs", "eval_rewards/accuracies"),
+    ("dpo", "margin of implicit rewards", "eval_rewards/margins"),
+)
 
 
 def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def stage_row(root: Path, stage: str) -> dict | None:
-    """First and last evaluation loss of a stage, its seconds and its plot."""
+def stage_row(root: Path, stage: str, figure: str) -> dict | None:
+    """A figure before and after a stage, its seconds and its plot."""
     state = root / stage / "trainer_state.json"
     if not state.is_file():
         return None
-    losses = [entry["eval_loss"] for entry in json.loads(state.read_text())["log_history"] if "eval_loss" in entry]
+    values = [entry[figure] for entry in json.loads(state.read_text())["log_history"] if figure in entry]
     seconds = dict(line.split() for line in (root / "seconds.txt").read_text().splitlines())
     results = json.loads((root / stage / "all_results.json").read_text())
     return {
-        "before": losses[0],
-        "after": results["eval_loss"],
+        "before": values[0],
+        "after": results[figure],
         "seconds": int(seconds.get(stage, 0)),
-        "plot": str(root / stage / "training_loss.png"),
+        "plot": f"{stage}/training_loss.png",
     }
 
 
@@ -44,18 +51,17 @@ def main(argv: list[str] | None = None) -> dict:
     console = Console()
     report: dict = {}
 
-    table = Table(title="What the stages did")
+    table = Table(title=f"What the stages did (in {args.root})")
     for column in ("stage", "measure", "before", "after", "seconds", "plot"):
         table.add_column(column, justify="right" if column in ("before", "after", "seconds") else "left")
-    for stage, measure in STAGES:
-        row = stage_row(args.root, stage)
+    for stage, measure, figure in STAGES:
+        row = stage_row(args.root, stage, figure)
         if row is None:
             continue
-        figures = [row["before"], row["after"]]
-        if measure.startswith("perplexity"):
-            figures = [math.exp(figure) for figure in figures]
-        table.add_row(stage, measure, *(f"{f:,.3f}" for f in figures), str(row["seconds"]), row["plot"])
-        report[stage] = {"before": figures[0], "after": figures[1], "seconds": row["seconds"]}
+        table.add_row(
+            stage, measure, f"{row['before']:,.3f}", f"{row['after']:,.3f}", str(row["seconds"]), row["plot"]
+        )
+        report.setdefault(stage, {"seconds": row["seconds"]})[figure] = [row["before"], row["after"]]
 
     answers = read_lines(args.root / "questions.answers.jsonl")
     identity = read_lines(args.root / "identity_questions.answers.jsonl")

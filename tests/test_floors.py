@@ -92,7 +92,7 @@ def test_no_file_shadows_a_library_and_no_sys_path_edit():
 
 def test_main_has_the_five_steps_in_every_stage():
     steps = ("# 1. arguments", "# 2. tokenizer and template", "# 3. data", "# 4. model", "# 5. trainer")
-    for name in ("pretraining.py", "supervised_finetuning.py", "reward_modeling.py"):
+    for name in ("pretraining.py", "supervised_finetuning.py", "reward_modeling.py", "dpo_training.py"):
         text = (ROOT / name).read_text(encoding="utf-8")
         places = [text.index(step) for step in steps]
         assert places == sorted(places)

@@ -52,6 +52,8 @@ def workspace(tmp_path_factory):
             folder,
             PT_FLAGS="--max_steps 3 --eval_strategy no",
             SFT_FLAGS="--max_steps 3 --eval_strategy no",
+            RM_FLAGS="--max_steps 2 --eval_strategy no",
+            DPO_FLAGS="--max_steps 2 --eval_strategy no",
         )
     )
     return folder
@@ -60,9 +62,12 @@ def workspace(tmp_path_factory):
 def test_the_pipeline_leaves_its_report(workspace):
     root = workspace / "outputs" / "pipeline"
     report = json.loads((root / "report.json").read_text())
-    assert report["pt"]["after"] < report["pt"]["before"]
-    assert {"before", "after", "seconds"} <= report["sft"].keys()
-    assert (root / "sft-merged" / "merge_report.json").is_file()
+    before, after = report["pt"]["eval_perplexity"]
+    assert after < before
+    assert {"eval_accuracy", "eval_margin", "seconds"} <= report["rm"].keys()
+    assert report["dpo"]["eval_rewards/margins"][0] == 0.0
+    for stage in ("sft", "rm", "dpo"):
+        assert (root / f"{stage}-merged" / "merge_report.json").is_file()
     assert (root / "pt" / "training_loss.png").stat().st_size > 5000
 
 
