@@ -117,7 +117,7 @@ def test_errors_are_one_message_and_exit_code_2(workspace):
         assert not (workspace / "o").exists()
 
 
-# MedicalGPT's run_pt.sh and run_sft.sh of 2023 and the seeds' flags; paths, model and (no GPU) --fp16 replaced.
+# MedicalGPT's run_*.sh of 2023 and the seeds' flags; paths, model and (without a GPU) --fp16 replaced.
 OLD_PT = """torchrun --nproc_per_node 1 pretraining.py --model_type auto --model_name_or_path outputs/tiny-model
     --train_file_dir examples/pretrain/train --validation_file_dir examples/pretrain/validation
     --per_device_train_batch_size 3 --per_device_eval_batch_size 3 --do_train --do_eval --use_peft True --seed 42
@@ -142,8 +142,27 @@ OLD_SFT = """torchrun --nproc_per_node 1 supervised_finetuning.py --model_type a
     --ddp_find_unused_parameters False --gradient_checkpointing True --template_name vicuna --neft_alpha 5"""
 
 
+OLD_RM = """python reward_modeling.py --model_type auto --model_name_or_path outputs/pipeline/sft-merged
+    --train_file_dir examples/reward/train --validation_file_dir examples/reward/validation
+    --per_device_train_batch_size 4 --per_device_eval_batch_size 4 --do_train --use_peft True --seed 42
+    --max_train_samples 20 --max_eval_samples 10 --num_train_epochs 1 --learning_rate 2e-5 --warmup_ratio 0.05
+    --weight_decay 0.001 --logging_strategy steps --logging_steps 10 --eval_steps 50 --evaluation_strategy steps
+    --save_steps 500 --save_strategy steps --save_total_limit 3 --max_source_length 256 --max_target_length 256
+    --output_dir outputs-rm-v1 --overwrite_output_dir --ddp_timeout 30000 --logging_first_step True
+    --target_modules all --lora_rank 8 --lora_alpha 16 --lora_dropout 0.05 --bf16 --torch_dtype bfloat16
+    --device_map auto --report_to tensorboard --ddp_find_unused_parameters False --remove_unused_columns False
+    --gradient_checkpointing True"""
+OLD_DPO = """python dpo_training.py --model_type auto --model_name_or_path outputs/pipeline/sft-merged
+    --train_file_dir examples/reward/train --validation_file_dir examples/reward/validation
+    --per_device_train_batch_size 4 --per_device_eval_batch_size 1 --do_train --do_eval --use_peft True
+    --max_train_samples 20 --max_eval_samples 10 --max_steps 2 --eval_steps 20 --save_steps 50
+    --max_source_length 256 --max_target_length 256 --output_dir outputs-dpo-v1 --target_modules all --lora_rank 8
+    --lora_alpha 16 --lora_dropout 0.05 --torch_dtype bfloat16 --bf16 True --device_map auto --report_to tensorboard
+    --remove_unused_columns False --gradient_checkpointing True --cache_dir ./cache"""
+
+
 def test_command_lines_of_2023_run(workspace):
-    for command in (OLD_PT, OLD_MERGE, OLD_SFT):
+    for command in (OLD_PT, OLD_MERGE, OLD_SFT, OLD_RM, OLD_DPO):
         check(run(" ".join(command.split()), workspace))
     # the same folder again, as those scripts do on every start
     check(run(" ".join(OLD_PT.split()), workspace))
