@@ -420,7 +420,7 @@ def test_settings_that_cannot_be_honoured(flags, message, tiny_model_dir, sft_fi
 
 
 def test_an_adapter_is_no_base_model(sft_dir, sft_file, tmp_path):
-    with pytest.raises(InputError, match="is an adapter; merge it"):
+    with pytest.raises(InputError, match="is an adapter, not a model; merge it"):
         run_sft(str(sft_dir), sft_file, tmp_path / "out")
 
 

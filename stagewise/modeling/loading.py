@@ -66,11 +66,6 @@ def load_config(args: ModelArguments):
     if not name:
         raise InputError("--model_name_or_path: required (or --config_name to train from scratch)")
     flag = "--model_name_or_path" if args.model_name_or_path else "--config_name"
-    if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
-        raise InputError(
-            f"{flag} {name}: is an adapter; merge it into its base first (merge_peft_adapter.py), or pass the base "
-            f"with --peft_path {name}"
-        )
     config = _from_pretrained(AutoConfig, name, args, flag=flag)
     # MedicalGPT's scripts pass --model_type auto|bloom|chatglm|llama|baichuan
     if args.model_type not in (None, "auto", config.model_type):
