@@ -53,7 +53,10 @@ def main(argv: list[str] | None = None) -> dict:
 
     table = Table(title=f"What the stages did (in {args.root})")
     for column in ("stage", "measure", "before", "after", "seconds", "plot"):
-        table.add_column(column, justify="right" if column in ("before", "after", "seconds") else "left")
+        # a path that is cut short cannot be opened: it is folded
+        table.add_column(
+            column, justify="right" if column in ("before", "after", "seconds") else "left", overflow="fold"
+        )
     for stage, measure, figure in STAGES:
         row = stage_row(args.root, stage, figure)
         if row is None:
