@@ -308,6 +308,14 @@ class StageTrainingArguments(TrainingArguments):
         self.report_to = names
 
 
+@dataclass
+class PPOTrainingArguments(StageTrainingArguments):
+    """The same with PPO's defaults; a step is an iteration of rollouts and updates."""
+
+    learning_rate: float = _option(1e-5, "The initial learning rate.")
+    logging_steps: float = _option(1, "Log every N iterations; below 1, every such share of the run.")
+
+
 # Headings of --help in their order. Those of TrainingArguments list how the names of their fields begin, so that a
 # field of a later transformers finds its place too; what matches nothing is "other".
 _SHARED_GROUPS = ("model", "data", "adapter", "quantization", "attention and context", "run")

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this": shown as a message without a traceback, exit code 2."""
+"""Errors that are shown as a message without a traceback."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,14 @@ class InputError(ValueError):
 
     The message says where (flag, or file and line), which field, what was found, and what to do about it.
     """
+
+
+class TrainingDiverged(RuntimeError):
+    """Training has gone where nothing good comes of it: exit code 1, with the way back in the message.
+
+    good_until: the last step whose checkpoint is sound.
+    """
+
+    def __init__(self, message: str, good_until: int):
+        super().__init__(message)
+        self.good_until = good_until

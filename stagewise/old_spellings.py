@@ -40,7 +40,7 @@ class OldSpelling:
             return {}
         today = self.translate(*(found.get(name) for name in self.names))
         # Every process of a run parses the same command line; one line each is enough.
-        if self.announce and os.environ.get("RANK", "0") == "0":
+        if self.announce and today != found and os.environ.get("RANK", "0") == "0":
             old = " ".join(f"--{name} {value}" for name, value in found.items())
             new = " ".join(f"--{name} {value}" for name, value in today.items())
             logger.warning("%s is an old spelling: %s", old, f"now {new}" if today else f"dropped, {self.note}")
@@ -170,4 +170,65 @@ OLD_SPELLINGS: tuple[OldSpelling, ...] = (
     # left, a flag can override what a file says under the other.
     rename("gradient_checkpointing", "activation_checkpointing", announce=False),
     rename("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs", announce=False),
+)
+
+
+def _sft_model_path(sft: Any, model: Any) -> dict[str, Any]:
+    """The ancestor trained --sft_model_path, and took --model_name_or_path along without a use of its own."""
+    if sft is not None and model is not None and sft != model:
+        raise InputError(
+            f"--sft_model_path: found {sft!r}, and --model_name_or_path {model!r}; both name the model that is "
+            "trained: give one of them"
+        )
+    return {"model_name_or_path": sft if model is None else model}
+
+
+def _ppo_batches(batch: Any, mini_batch: Any, accumulation: Any) -> dict[str, Any]:
+    """Rows of an iteration and of a forward pass, as trl's first PPOConfig counted them."""
+    if batch is None and mini_batch is None:
+        return {"gradient_accumulation_steps": accumulation}
+    rows = _whole_number("batch_size", 8 if batch is None else batch)
+    size = _whole_number("mini_batch_size", 1 if mini_batch is None else mini_batch)
+    steps = _whole_number("gradient_accumulation_steps", 1 if accumulation is None else accumulation)
+    if rows % (size * steps):
+        raise InputError(
+            f"--batch_size: found {rows}, expected a multiple of --mini_batch_size * --gradient_accumulation_steps "
+            f"({size} * {steps})"
+        )
+    return {
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": steps,
+        "num_mini_batches": rows // (size * steps),
+    }
+
+
+def _early_stopping(early_stopping: Any, target_kl: Any) -> dict[str, Any]:
+    """trl's first PPOTrainer read --target_kl only to end the updates of an iteration, at 1.5 times its value."""
+    if early_stopping is None:
+        return {"target_kl": target_kl}
+    if not _truth("early_stopping", early_stopping):
+        return {}
+    return {"max_approx_kl": 1.5 * _number("target_kl", 0.1 if target_kl is None else target_kl)}
+
+
+PPO_SPELLINGS: tuple[OldSpelling, ...] = (
+    OldSpelling(("sft_model_path", "model_name_or_path"), ("model_name_or_path",), _sft_model_path),
+    rename("reward_model_name_or_path", "reward_model_path"),
+    OldSpelling(
+        ("reward_model_device",), (), lambda raw: {}, "the reward model is where the policy is, mostly a part of it"
+    ),
+    rename("max_source_length", "max_prompt_length"),
+    rename("max_target_length", "max_new_tokens"),
+    rename("max_completion_length", "max_new_tokens"),
+    rename("response_length", "max_new_tokens"),
+    _only("stop_token", ("eos",), "answers end at the EOS and at the template's stop token", "leave it out"),
+    rename("local_rollout_forward_batch_size", "rollout_batch_size"),
+    rename("ppo_epochs", "num_ppo_epochs"),
+    rename("init_kl_coef", "kl_coef"),
+    OldSpelling(("early_stopping", "target_kl"), ("target_kl", "max_approx_kl"), _early_stopping),
+    OldSpelling(
+        ("batch_size", "mini_batch_size", "gradient_accumulation_steps"),
+        ("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches"),
+        _ppo_batches,
+    ),
 )

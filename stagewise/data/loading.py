@@ -14,6 +14,7 @@ from stagewise.arguments import DataArguments
 from stagewise.data import audit, packing, sources
 from stagewise.data.preference_audit import PreferenceAudit, audit_preferences
 from stagewise.data.preferences import SAME_ANSWERS, PreferenceOptions, tokenize_preferences
+from stagewise.data.prompts import PromptOptions, prompt_hashes, tokenize_prompts
 from stagewise.data.records import TWO_ANSWERS, Conversation, Document, RecordOptions
 from stagewise.data.streaming import RowStream
 from stagewise.data.tokenization import (
@@ -152,6 +153,36 @@ def load_preferences(
     if validation is not None:
         validation, _ = prepare(validation, report["validation"])
     return _stage_data(train, validation, report, checked)
+
+
+def load_prompts(
+    args: DataArguments, renderer: Renderer, tokenizer, options: PromptOptions, training_args
+) -> StageData[audit.LabelAudit]:
+    """Tokenized prompts for PPO. Nothing in them is trained, so the label audit is empty.
+
+    The report counts the rows of each split that repeat the prompt of an earlier row ("duplicates"), and the training
+    rows whose prompt is in the validation set ("also_in_validation").
+
+    Raises:
+        InputError: whatever data.md calls an error.
+    """
+    if args.streaming:
+        raise InputError("--streaming: prompts are shuffled and counted before the first step; leave it out")
+
+    def prepare(records: Dataset, found: dict) -> Dataset:
+        encoded = tokenize_prompts(
+            records, renderer, tokenizer, options, args.preprocessing_num_workers, _uses_cache(args, training_args)
+        )
+        _count_rows(found, encoded)
+        return _usable(encoded, found, args.on_bad_row, None)
+
+    record_options = _record_options(args, renderer.control_tokens)
+    train, validation, report = _load_splits("prompt", args, record_options, training_args)
+    train = prepare(train, report["train"])
+    if validation is not None:
+        validation = prepare(validation, report["validation"])
+    _count_repeated_prompts(report, train, validation)
+    return _stage_data(train, validation, report, audit.LabelAudit())
 
 
 def load_documents(
@@ -369,6 +400,23 @@ def _count_rows(report: dict, encoded: Dataset) -> None:
             if "dropped" in rows:
                 _merge_counts(counts, "dropped", rows["dropped"])
                 _merge_counts(counts, "truncated", rows["truncated"])
+
+
+def _count_repeated_prompts(report: dict, train: Dataset, validation: Dataset | None) -> None:
+    """Repeated prompts are legitimate, so none is removed; but who trains on the validation set is told so."""
+    trained = prompt_hashes(train)
+    held_out = prompt_hashes(validation) if validation is not None else trained[:0]
+    shared = int(np.isin(trained, held_out).sum())
+    report["train"]["duplicates"] = len(trained) - len(np.unique(trained))
+    report["train"]["also_in_validation"] = shared
+    report["validation"]["duplicates"] = len(held_out) - len(np.unique(held_out))
+    if shared:
+        logger.warning(
+            "%d of the %d training prompts are also in the validation set: its scores will look better than those of "
+            "new prompts",
+            shared,
+            len(trained),
+        )
 
 
 def _add(counts: dict, key: str, value: int) -> None:

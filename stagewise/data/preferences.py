@@ -153,7 +153,7 @@ def _shorten(
     pair: PreferencePair, row: EncodedPair, renderer: Renderer, tokenizer, options: PreferenceOptions
 ) -> EncodedPair:
     """Drop rounds from the front of the prompt until it fits, or until only the last one is left."""
-    for prompt in _shorter_prompts(pair.prompt):
+    for prompt in shorter_prompts(pair.prompt):
         (row,) = _tokenize([_render(pair, prompt, renderer)], tokenizer)
         row = replace(row, truncated=PROMPT_TRUNCATED)
         if _fits(row, options):
@@ -161,7 +161,7 @@ def _shorten(
     return row
 
 
-def _shorter_prompts(prompt: Messages) -> Iterator[Messages]:
+def shorter_prompts(prompt: Messages) -> Iterator[Messages]:
     """The prompt without its first round, without its first two ...; the system message and the last round stay."""
     head = [message for message in prompt[:1] if message["role"] == "system"]
     starts = [i for i, message in enumerate(prompt) if message["role"] == "user"]

@@ -55,7 +55,7 @@ class TemplateRenderer:
         self.bos_token, self.eos_token = tokenizer.bos_token, tokenizer.eos_token
         self.control_tokens = template.control_tokens(self.eos_token)
         self.stop_tokens = template.stop_tokens(self.eos_token)
-        self.fingerprint = template.to_jinja()
+        self.fingerprint = json.dumps([template.to_jinja(), self.bos_token, self.eos_token])
         split = [t for t in self.control_tokens if len(tokenizer(t, add_special_tokens=False).input_ids) != 1]
         if split:
             raise InputError(
@@ -90,7 +90,7 @@ class TokenizerRenderer:
             )
         self.tokenizer = tokenizer
         self.control_tokens = tuple(tokenizer.all_special_tokens)
-        self.fingerprint = json.dumps(tokenizer.chat_template)
+        self.fingerprint = json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map])
         probe = self.render([{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}])
         answer = probe.text[slice(*probe.spans[-1])]
         self.stop_tokens = tuple({tokenizer.eos_token, *(t for t in self.control_tokens if answer.endswith(t))})
@@ -301,9 +301,17 @@ def tokenize_documents(
 def map_batches(
     dataset: Dataset, encode_batch, key: str, num_proc: int | None, load_from_cache: bool, desc: str
 ) -> Dataset:
-    """The columns of `encode_batch` in place of `record`, cached under `key`."""
+    """The columns of `encode_batch` in place of `record`, cached under `key`. Lists are token ids."""
+
+    def typed_batch(batch: dict) -> dict:
+        """Lists as int64: a batch whose rows are all dropped has nothing from which the type could be told."""
+        return {
+            name: [np.asarray(row, dtype=np.int64) for row in column] if isinstance(column[0], list) else column
+            for name, column in encode_batch(batch).items()
+        }
+
     return dataset.map(
-        encode_batch,
+        typed_batch,
         batched=True,
         batch_size=1000,
         remove_columns=["record"],

@@ -81,6 +81,46 @@ def head_cross_entropy(
     return torch.stack(losses).sum(), torch.cat(nlls)
 
 
+def token_logprobs(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    vocab_size: int,
+    temperature: float = 1.0,
+    max_elements: int = MAX_LOGITS_ELEMENTS,
+) -> tuple[Tensor, Tensor]:
+    """log softmax(head(hidden) / temperature) at `labels`, and the entropies of those distributions.
+
+    Where gradients are wanted and there is more than one chunk, each chunk's logits are computed again in backward, so
+    that one chunk is all that is ever in memory.
+
+    Args:
+        hidden: (N, D), the last hidden states of the positions that predict a token.
+        head: maps (n, D) to logits (n, V).
+        labels: (N,), the token that each position predicts.
+
+    Returns:
+        Log-probabilities (N,), differentiable, and entropies in nats (N,), detached; both fp32.
+    """
+
+    def of_chunk(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = torch.log_softmax(head(h).float() / temperature, dim=-1)
+        with torch.no_grad():
+            entropy = -(log_p.exp() * log_p).nan_to_num(0.0).sum(-1)  # 0 * -inf where a logit is masked out
+        return log_p.gather(1, y[:, None]).squeeze(1), entropy
+
+    chunks = _chunks(hidden.shape[0], vocab_size, max_elements)
+    if not chunks:
+        empty = hidden.new_zeros(0, dtype=torch.float32)
+        return hidden.float().sum() * 0.0 + empty, empty
+    if len(chunks) > 1 and torch.is_grad_enabled():
+        parts = [checkpoint(of_chunk, hidden[rows], labels[rows], use_reentrant=False) for rows in chunks]
+    else:
+        parts = [of_chunk(hidden[rows], labels[rows]) for rows in chunks]
+    logprobs, entropies = zip(*parts, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
 def _chunks(n_tokens: int, vocab_size: int, max_elements: int) -> list[slice]:
     size = max(1, max_elements // vocab_size)
     return [slice(start, min(start + size, n_tokens)) for start in range(0, n_tokens, size)]

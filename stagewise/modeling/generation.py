@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     TextStreamer,
 )
@@ -112,6 +113,33 @@ def stop_token_ids(tokenizer, stop_tokens: Sequence[str]) -> list[int]:
     """Ids that end an answer: the template's stop tokens and the tokenizer's EOS."""
     ids = {tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(token) for token in stop_tokens)}
     return sorted(i for i in ids if i is not None and i != tokenizer.unk_token_id)
+
+
+def sampling_config(
+    tokenizer, stop_ids: Sequence[int], max_new_tokens: int, temperature: float, top_p: float
+) -> GenerationConfig:
+    """Plain sampling from softmax(logits / temperature), cut to the nucleus `top_p`, and nothing else.
+
+    Raises:
+        InputError: a value out of range; a temperature of 0 leaves nothing to sample.
+    """
+    for flag, value, fits, expected in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
+        ("temperature", temperature, 0 < temperature < float("inf"), "a number above 0"),
+        ("top_p", top_p, 0 < top_p <= 1, "a share above 0, at most 1"),
+    ):
+        if not fits:
+            raise InputError(f"--{flag} {value}: expected {expected}")
+    return GenerationConfig(
+        do_sample=True,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=0,
+        eos_token_id=list(stop_ids),
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+    )
 
 
 @torch.inference_mode()

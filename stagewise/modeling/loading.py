@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from stagewise.arguments import ModelArguments
 from stagewise.errors import InputError
+from stagewise.modeling.quantization import keep_weights_unpacked
 from stagewise.modeling.token_loss import install_token_loss
 
 logger = logging.getLogger(__name__)
@@ -226,7 +227,7 @@ def _build_model(auto_class, args: ModelArguments, config, dtype) -> PreTrainedM
     attention = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
     if not args.model_name_or_path:
         return auto_class.from_config(config, dtype=torch.float32 if dtype == "auto" else dtype, **attention)
-    return _from_pretrained(
+    model = _from_pretrained(
         auto_class,
         args.model_name_or_path,
         args,
@@ -236,6 +237,8 @@ def _build_model(auto_class, args: ModelArguments, config, dtype) -> PreTrainedM
         device_map=_device_map(args.device_map),
         **attention,
     )
+    keep_weights_unpacked(model)
+    return model
 
 
 def _device_map(device_map: str | None) -> str | None:
@@ -273,6 +276,24 @@ def _from_pretrained(auto_class, name: str, args: ModelArguments, flag: str, **k
         if "trust_remote_code" in str(error):
             hint = "\n  It brings its own Python code: read it, then pass --trust_remote_code True to run it."
         raise InputError(f"{flag} {name}: {error}{hint}") from error
+
+
+def prompt_limit(args: ModelArguments, requested: int | None, max_new_tokens: int, default: int = 1024) -> int:
+    """How many tokens a prompt may have: what was asked for, or `default`, or what an answer leaves of the positions.
+
+    Raises:
+        InputError: prompt and answer are more than the positions that the model was made for.
+    """
+    positions = getattr(load_config(args).get_text_config(), "max_position_embeddings", None)
+    left = positions - max_new_tokens if positions else None
+    if left is not None and (left < 1 or (requested or 0) > left):
+        raise InputError(
+            f"--max_new_tokens {max_new_tokens}: with --max_prompt_length {requested or 1} it is more than the "
+            f"{positions} positions that the model was made for; ask for less"
+        )
+    if requested is not None:
+        return requested
+    return default if left is None else min(default, left)
 
 
 def row_limit(

@@ -42,8 +42,8 @@ def install_token_loss(model: nn.Module, label_smoothing: float = 0.0) -> bool:
         True if the chunked loss is in use, False if the architecture's own logits are.
     """
     original = model.forward
-    transform = _logit_transform(model.config)
-    chunked = _hidden_states_reproduce_logits(model, original, transform)
+    transform = logit_transform(model.config)
+    chunked = hidden_states_reproduce_logits(model, original, transform)
 
     @functools.wraps(original)
     def forward(self, *args, labels: Tensor | None = None, **kwargs):
@@ -59,7 +59,7 @@ def install_token_loss(model: nn.Module, label_smoothing: float = 0.0) -> bool:
         else:
             weights = token_weights[:, 1:][trained]
         if chunked:
-            hidden = _last_hidden_state(self, *args, **kwargs)[:, :-1][trained]
+            hidden = last_hidden_state(self, *args, **kwargs)[:, :-1][trained]
             loss, nll = _head_loss(self, hidden, targets, weights, transform, label_smoothing)
         else:
             logits = original(*args, **kwargs).logits[:, :-1][trained]
@@ -100,14 +100,14 @@ def _is_plain_linear(head: nn.Module) -> bool:
     )
 
 
-def _last_hidden_state(model, *args, **kwargs) -> Tensor:
+def last_hidden_state(model, *args, **kwargs) -> Tensor:
     kwargs.pop("logits_to_keep", None)
     kwargs.pop("return_dict", None)
     kwargs.setdefault("use_cache", False)
     return model.get_decoder()(*args, **kwargs).last_hidden_state
 
 
-def _logit_transform(config) -> Callable[[Tensor], Tensor] | None:
+def logit_transform(config) -> Callable[[Tensor], Tensor] | None:
     """What the architecture does to `head(hidden)` before the softmax, from the names that configurations use."""
     config = config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)  # gemma2
@@ -127,7 +127,7 @@ def _logit_transform(config) -> Callable[[Tensor], Tensor] | None:
 
 
 @torch.no_grad()
-def _hidden_states_reproduce_logits(model, original, transform) -> bool:
+def hidden_states_reproduce_logits(model, original, transform) -> bool:
     """Compare head(decoder(x)) with the architecture's own logits on a handful of tokens."""
     config = model.config.get_text_config()
     wants_router_loss = getattr(config, "output_router_logits", False)  # its auxiliary loss is in the own forward
@@ -142,7 +142,7 @@ def _hidden_states_reproduce_logits(model, original, transform) -> bool:
     try:
         ids = torch.arange(1, 9, device=device)[None] % config.vocab_size
         logits = original(input_ids=ids, use_cache=False).logits.float()
-        mine = model.get_output_embeddings()(_last_hidden_state(model, input_ids=ids))
+        mine = model.get_output_embeddings()(last_hidden_state(model, input_ids=ids))
         mine = (mine if transform is None else transform(mine)).float()
     finally:
         model.train(was_training)

@@ -2,13 +2,19 @@
 
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from transformers import Trainer, TrainerCallback
 
 from stagewise.errors import InputError
 
 STREAM_POSITION = "stream_position.json"
+# Of a prompt in the table of sampled texts, and of the table in a file.
+SHOWN_CHARS, SHOWN_WIDTH = 200, 120
 
 
 class SaveOnSignal(TrainerCallback):
@@ -66,6 +72,41 @@ class SaveStreamPosition(TrainerCallback):
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             position = self.dataset.state_after(state.global_step)
             (folder / STREAM_POSITION).write_text(json.dumps(position), encoding="utf-8")
+
+
+class SaveSamples(TrainerCallback):
+    """Every `every` steps some sampled texts go into a table in the log and into completions.jsonl; 0 is never.
+
+    Args:
+        samples: called with a number, returns that many dicts with step, prompt, completion, score, kl.
+    """
+
+    FILE = "completions.jsonl"
+
+    def __init__(self, samples: Callable[[int], list[dict]], every: int, count: int = 4):
+        self.samples, self.every, self.count = samples, every, count
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        path = Path(args.output_dir) / self.FILE
+        if state.is_world_process_zero and path.is_file():  # what a resumed run will write again
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            path.write_text("".join(kept), encoding="utf-8")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self.every or state.global_step % self.every or not state.is_world_process_zero:
+            return
+        rows = self.samples(self.count)
+        with open(Path(args.output_dir) / self.FILE, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        table = Table(title=f"answers of step {state.global_step}")
+        for column in ("prompt", "completion", "score", "kl"):
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            prompt = row["prompt"] if len(row["prompt"]) <= SHOWN_CHARS else "..." + row["prompt"][-SHOWN_CHARS:]
+            # text, not markup: an answer may hold [brackets]
+            table.add_row(Text(prompt), Text(row["completion"]), f"{row['score']:.3f}", f"{row['kl']:.3f}")
+        Console(width=SHOWN_WIDTH if not Console().is_terminal else None).print(table)
 
 
 def resume_stream(trainer: Trainer, checkpoint: str) -> None:

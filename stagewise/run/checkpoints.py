@@ -70,6 +70,14 @@ def checkpoint_problem(folder: Path) -> str | None:
     return None
 
 
+def last_good_checkpoint(output_dir: str, until: int) -> str | None:
+    """The newest whole checkpoint of step `until` or before, or None."""
+    for folder in sorted_checkpoints(output_dir):
+        if checkpoint_problem(folder) is None and checkpoint_step(str(folder)) <= until:
+            return str(folder)
+    return None
+
+
 def checkpoint_step(checkpoint: str) -> int:
     """The number of optimizer steps behind a checkpoint."""
     return int(json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"])

@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from stagewise.errors import InputError
+from stagewise.errors import InputError, TrainingDiverged
 from template import TemplateError
 
 
@@ -22,6 +22,9 @@ def run_script(main: Callable[[], object]) -> None:
     except (InputError, TemplateError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except TrainingDiverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     finally:

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ import torch
 import yaml
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState, set_seed
 
-from stagewise.errors import InputError
+from stagewise.errors import InputError, TrainingDiverged
 from stagewise.run import lineage
 from stagewise.run.callbacks import SaveOnSignal, SaveStreamPosition, resume_stream
-from stagewise.run.checkpoints import checkpoint_step, find_resume_checkpoint
+from stagewise.run.checkpoints import checkpoint_step, find_resume_checkpoint, last_good_checkpoint
 from stagewise.run.logging import LogLine, peak_memory_gib, setup_logging
-from stagewise.run.plots import plot_loss, plot_scores
+from stagewise.run.plots import plot_curves, plot_loss, plot_scores
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ OWN_FILES = (
     "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*",
     "special_tokens_map.json", "chat_template.jinja", "added_tokens.json", "vocab.json", "merges.txt",
     "training_args.bin", "*_results.json", "trainer_state.json", "*.png", "run_config.yaml", "data_report.json",
-    "stage.json", "README.md",
+    "stage.json", "README.md", "completions.jsonl",
 )  # fmt: skip
 
 
@@ -185,6 +185,7 @@ def train_and_save(trainer: Trainer, checkpoint: str | None, **stage_fields: obj
 
     Raises:
         SystemExit: 130 or 143, when a signal ended training; a checkpoint has been written then.
+        TrainingDiverged: nothing is saved then; the message names the last checkpoint that is sound.
     """
     if checkpoint is not None and checkpoint_step(checkpoint) >= total_steps(trainer):
         logger.info("%s is at the end of the run: nothing left to train", checkpoint)
@@ -194,7 +195,10 @@ def train_and_save(trainer: Trainer, checkpoint: str | None, **stage_fields: obj
     else:
         if checkpoint is not None:
             resume_stream(trainer, checkpoint)
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        try:
+            metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        except TrainingDiverged as error:
+            raise _with_way_back(error, trainer.args.output_dir) from error
     stopper = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, SaveOnSignal))
     if stopper.received is not None:
         logger.warning(
@@ -212,6 +216,14 @@ def train_and_save(trainer: Trainer, checkpoint: str | None, **stage_fields: obj
     return metrics
 
 
+def _with_way_back(error: TrainingDiverged, output_dir: str) -> TrainingDiverged:
+    good = last_good_checkpoint(output_dir, error.good_until)
+    advice = (
+        f"go on from before: --resume_from_checkpoint {good}" if good else "there is no sound checkpoint before it"
+    )
+    return TrainingDiverged(f"{error}; {advice}", error.good_until)
+
+
 def evaluate_run(trainer: Trainer, metric_key_prefix: str = "eval") -> dict:
     """Evaluate on the whole validation set and save eval_results.json."""
     metrics = trainer.evaluate(metric_key_prefix=metric_key_prefix)
@@ -225,6 +237,13 @@ def report_scores(trainer, run_args) -> None:
         output = Path(trainer.args.output_dir)
         title = f"{output.name}: scores of {len(trainer.chosen_scores)} held-out pairs"
         plot_scores(trainer.chosen_scores, trainer.rejected_scores, output / "scores.png", title)
+
+
+def report_curves(trainer: Trainer, run_args, curves: Mapping[str, Sequence[str]], name: str) -> None:
+    """A plot for each entry of `curves`, of the logged figures that it lists; on the main process."""
+    if trainer.args.should_save and run_args.plot_loss:
+        output = Path(trainer.args.output_dir)
+        plot_curves(trainer.state.log_history, curves, output / name, output.name)
 
 
 def report_run(trainer: Trainer, run_args, arguments: Sequence[object], data_report: dict, metrics: dict) -> None:

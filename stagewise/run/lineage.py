@@ -50,6 +50,21 @@ def read_parent(model: str | None, takes_reward_model: bool = False) -> dict | N
     return read_stage(folder)
 
 
+def check_reward_model(path: str | None, template: str | None) -> None:
+    """Refuse a reward model that was trained on another chat template than the one the policy writes.
+
+    Raises:
+        InputError: both templates are known and differ.
+    """
+    stage = read_stage(path) if path and Path(path).is_dir() else None
+    trained = (stage or {}).get("template")
+    if trained and template and trained != template:
+        raise InputError(
+            f"--reward_model_path {path}: was trained on the template {trained}, and the policy writes {template}, "
+            f"which it has never seen; train a reward model on {template}, or pass --template_name {trained}"
+        )
+
+
 def write_stage(folder: str | Path, **fields: object) -> dict:
     """Write stage.json: the given fields, the versions, the time.
 

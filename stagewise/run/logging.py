@@ -50,6 +50,9 @@ class LogLine(TrainerCallback):
     """Prints one line for each set of logged numbers; replaces the Trainer's own printer and progress bar."""
 
     SHOWN = (
+        ("objective/scores", "score {:.3f}"),
+        ("objective/kl", "kl {:.3f}"),
+        ("objective/response_length", "length {:.1f}"),
         ("loss", "loss {:.4f}"),
         ("grad_norm", "grad_norm {:.3f}"),
         ("learning_rate", "lr {:.2e}"),

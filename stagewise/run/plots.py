@@ -1,6 +1,7 @@
 """Curves and histograms of a run as PNG files."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 SCORE_BINS = 24
@@ -33,6 +34,26 @@ def plot_loss(log_history: Sequence[dict], path: Path, title: str) -> bool:
     return True
 
 
+def plot_curves(log_history: Sequence[dict], curves: Mapping[str, Sequence[str]], path: Path, title: str) -> None:
+    """One plot for each entry of `curves`, with the logged figures that it lists over steps, in one picture."""
+    figure, axes = _figure(rows=math.ceil(len(curves) / 2), columns=2)
+    for axis, (label, names) in zip(axes.flat, curves.items(), strict=False):
+        for name in names:
+            points = [(entry["step"], entry[name]) for entry in log_history if name in entry]
+            if points:
+                steps, values = zip(*points, strict=True)
+                held_out = name.startswith("eval_")
+                (line,) = axis.plot(steps, values, alpha=1 if held_out else 0.3, marker="o" if held_out else None)
+                smoothed = values if held_out else smooth(values)
+                axis.plot(steps, smoothed, color=line.get_color(), label=name)
+                axis.legend()
+        axis.set(xlabel="step", title=label)
+        axis.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
 def plot_scores(chosen: Sequence[float], rejected: Sequence[float], path: Path, title: str) -> None:
     """Histograms of the scores that a reward model gives to chosen and to rejected answers, over the same bins."""
     figure, axes = _figure()
@@ -45,14 +66,14 @@ def plot_scores(chosen: Sequence[float], rejected: Sequence[float], path: Path, 
     _save(figure, axes, path)
 
 
-def _figure():
+def _figure(rows: int = 1, columns: int = 1):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # no pyplot: it would choose a window system and keep figures alive
-    figure = Figure(figsize=(8, 5))
+    figure = Figure(figsize=(8 if columns == 1 else 6 * columns, 5 if rows == 1 else 4 * rows))
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    return figure, figure.subplots(rows, columns)
 
 
 def _save(figure, axes, path: Path) -> None:

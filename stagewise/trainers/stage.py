@@ -83,11 +83,15 @@ class StageTrainerMixin(_Base):
             "num_tokens": self.state.num_input_tokens_seen,
         }
 
-    def training_step(self, *args, **kwargs):
+    def start_clock(self) -> None:
+        """Called when the work of a step begins."""
         if self._new_tokens is None:  # the first step after a log (or after the start)
             self._new_tokens = torch.zeros((), dtype=torch.long, device=self.args.device)
             if self.state.global_step == self._initial_global_step:
                 self._clock, self._paused_s = time.perf_counter(), 0.0
+
+    def training_step(self, *args, **kwargs):
+        self.start_clock()
         return super().training_step(*args, **kwargs)
 
 

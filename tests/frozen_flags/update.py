@@ -12,6 +12,7 @@ FOLDER = Path(__file__).resolve().parent
 def stage_flags() -> dict[str, list[str]]:
     """Flags of each list; those of transformers.TrainingArguments are transformers' own business."""
     import dpo_training
+    import ppo_training
     import pretraining
     import reward_modeling
     import supervised_finetuning
@@ -22,6 +23,7 @@ def stage_flags() -> dict[str, list[str]]:
         "pt": flag_names(pretraining.PTArguments),
         "sft": flag_names(supervised_finetuning.SFTArguments),
         "rm": flag_names(reward_modeling.RMArguments),
+        "ppo": flag_names(ppo_training.PPOArguments),
         "dpo": flag_names(dpo_training.DPOArguments),
     }
 

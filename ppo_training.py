@@ -1,0 +1,213 @@
+r"""Proximal policy optimization (PPO): prompts in, a policy out whose answers score better.
+
+    python ppo_training.py --model_name_or_path outputs/sft-merged --reward_model_path outputs/rm \
+        --train_file_dir examples/sft/train --output_dir outputs/ppo
+
+One step is one iteration: answers are sampled and scored, then the policy is updated on them. With an adapter, policy,
+value model, reference and reward model share one base model in memory.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+from stagewise.errors import InputError
+from stagewise.run.exit_codes import run_script
+
+# Which figures are drawn together, in ppo.png.
+CURVES = {
+    "score": ("objective/scores", "eval_scores"),
+    "KL to the reference": ("objective/kl", "eval_kl"),
+    "tokens of an answer": ("objective/response_length", "eval_response_length"),
+    "losses": ("policy/loss", "value/loss"),
+}
+# Flags, what they must be, and the test of it.
+RANGES = (
+    (
+        ("num_ppo_epochs", "num_mini_batches", "rollout_batch_size", "max_new_tokens", "total_episodes"),
+        "1 or more",
+        lambda value: value >= 1,
+    ),
+    (
+        ("target_kl", "kl_horizon", "max_approx_kl", "cliprange", "cliprange_value", "score_clip"),
+        "a number above 0",
+        lambda value: 0 < value < math.inf,
+    ),
+    (
+        ("kl_coef", "vf_coef", "max_kl", "missing_eos_penalty", "completions_steps"),
+        "0 or more",
+        lambda value: 0 <= value < math.inf,
+    ),
+    (("gamma", "lam"), "a share from 0 to 1", lambda value: 0 <= value <= 1),
+)
+
+
+@dataclass
+class PPOArguments:
+    """Options of PPO."""
+
+    reward_model_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Reward model: an adapter of reward_modeling.py (shares the policy's base), or a full model."
+        },
+    )
+    reward_function: str | None = field(
+        default=None,
+        metadata={
+            "help": "module:function or file.py:function in place of a reward model: (prompts, completions) -> "
+            "list of float."
+        },
+    )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of a prompt at most: its oldest rounds are dropped; unset: 1024, or what is left."},
+    )
+    max_new_tokens: int = field(default=256, metadata={"help": "Tokens of an answer at most."})
+    temperature: float = field(default=0.7, metadata={"help": "Of sampling."})
+    top_p: float = field(default=1.0, metadata={"help": "Sample from the most likely tokens up to this probability."})
+    rollout_batch_size: int = field(
+        default=64, metadata={"help": "Answers that a process samples and evaluates at once."}
+    )
+    num_ppo_epochs: int = field(default=4, metadata={"help": "How often the answers of an iteration are gone over."})
+    num_mini_batches: int = field(
+        default=1, metadata={"help": "Optimizer steps of one such round; each takes a whole accumulated batch."}
+    )
+    total_episodes: int | None = field(
+        default=None, metadata={"help": "Answers of the whole run, in place of --max_steps and --num_train_epochs."}
+    )
+    kl_coef: float = field(default=0.05, metadata={"help": "What a nat of KL to the reference costs."})
+    kl_estimator: str = field(default="k1", metadata={"help": "k1 (log ratio) or k3 (never negative)."})
+    target_kl: float | None = field(
+        default=None, metadata={"help": "Adapt --kl_coef so that the KL of an answer nears this."}
+    )
+    kl_horizon: float = field(default=10_000.0, metadata={"help": "Answers in which --target_kl is to be reached."})
+    max_approx_kl: float | None = field(
+        default=None,
+        metadata={"help": "End an iteration's updates early once the policy has moved this far; one more follows."},
+    )
+    max_kl: float | None = field(
+        default=200.0, metadata={"help": "Stop the run where the mean KL of the answers is above this; 0 never."}
+    )
+    cliprange: float = field(default=0.2, metadata={"help": "How far the ratio of policies may leave 1."})
+    cliprange_value: float = field(default=0.2, metadata={"help": "How far a value may move in one iteration."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount of later rewards."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of generalized advantage estimation."})
+    whiten_rewards: bool = field(default=False, metadata={"help": "Scale the rewards of an iteration to variance 1."})
+    score_clip: float | None = field(default=None, metadata={"help": "Clip scores to +- this."})
+    reward_baseline: float = field(default=0.0, metadata={"help": "Taken off every score."})
+    missing_eos_penalty: float | None = field(
+        default=None, metadata={"help": "Taken off the score of an answer that does not end."}
+    )
+    completions_steps: int = field(
+        default=10, metadata={"help": "Show sampled answers with their scores every N steps; 0 never."}
+    )
+
+    def __post_init__(self) -> None:
+        if (self.reward_model_path is None) == (self.reward_function is None):
+            raise InputError("--reward_model_path, --reward_function: give one of them, to score the answers")
+        if self.kl_estimator not in ("k1", "k3"):
+            raise InputError(f"--kl_estimator: found {self.kl_estimator!r}, expected k1 or k3")
+        for names, expected, fits in RANGES:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not fits(value):
+                    raise InputError(f"--{name}: found {value}, expected {expected}")
+
+
+def main(argv: list[str] | None = None) -> dict:
+    # 1. arguments
+    from stagewise.arguments import (
+        DataArguments,
+        LoraArguments,
+        ModelArguments,
+        PPOTrainingArguments,
+        RunArguments,
+        parse_arguments,
+    )
+    from stagewise.old_spellings import PPO_SPELLINGS
+
+    arguments = parse_arguments(
+        ModelArguments, LoraArguments, DataArguments, RunArguments, PPOArguments, PPOTrainingArguments,
+        argv=argv, prog="ppo_training.py", description=__doc__, old_spellings=PPO_SPELLINGS,
+    )  # fmt: skip
+    model_args, lora_args, data_args, run_args, ppo_args, args = arguments
+
+    from stagewise.data import loading, tokenization
+    from stagewise.data.prompts import PromptOptions, completion_suffix
+    from stagewise.modeling.actor_critic import load_actor_critic, log_memory
+    from stagewise.modeling.generation import sampling_config, stop_token_ids
+    from stagewise.modeling.loading import load_tokenizer, prompt_limit, reserve_padding
+    from stagewise.modeling.reward import load_scorer
+    from stagewise.run import callbacks, lifecycle, lineage
+    from stagewise.trainers.ppo import PPOSettings, PPOTrainer
+
+    checkpoint = lifecycle.start_run(args, run_args, packed=False)
+
+    # 2. tokenizer and template
+    parent = lineage.read_parent(model_args.model_name_or_path)
+    tokenizer = load_tokenizer(model_args)
+    template = loading.resolve_template(data_args, parent)
+    lineage.check_reward_model(ppo_args.reward_model_path, template.name if template else None)
+    renderer = tokenization.build_renderer(template, tokenizer)
+    reserve_padding(tokenizer, renderer.stop_tokens)
+    tokenizer.chat_template = loading.chat_template(template, tokenizer)
+    sampling = sampling_config(
+        tokenizer, stop_token_ids(tokenizer, renderer.stop_tokens),
+        ppo_args.max_new_tokens, ppo_args.temperature, ppo_args.top_p,
+    )  # fmt: skip
+
+    # 3. data
+    limit = prompt_limit(model_args, ppo_args.max_prompt_length, ppo_args.max_new_tokens)
+    with args.main_process_first(desc="data"):
+        data = loading.load_prompts(data_args, renderer, tokenizer, PromptOptions(limit), args)
+    if run_args.dry_run:
+        return lifecycle.report_dry_run(args, data.report, data.train)
+
+    # 4. model
+    model = load_actor_critic(model_args, lora_args, tokenizer, ppo_args.temperature)
+    scorer = load_scorer(
+        ppo_args.reward_model_path, ppo_args.reward_function, model, tokenizer,
+        completion_suffix(renderer, tokenizer), ppo_args.rollout_batch_size,
+    )  # fmt: skip
+    log_memory(model, scorer)
+
+    # 5. trainer: train, save, evaluate
+    trainer = lifecycle.build_trainer(
+        PPOTrainer, args, run_args,
+        model=model,
+        settings=PPOSettings.from_arguments(ppo_args),
+        scorer=scorer,
+        sampling=sampling,
+        rollout_batch_size=ppo_args.rollout_batch_size,
+        total_episodes=ppo_args.total_episodes,
+        processing_class=tokenizer,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        min_lr=run_args.min_lr,
+    )  # fmt: skip
+    trainer.add_callback(callbacks.SaveSamples(trainer.samples, ppo_args.completions_steps))
+    lifecycle.open_output_dir(args, run_args, checkpoint, arguments, data.report)
+    metrics: dict = {}
+    if args.do_train:
+        metrics |= lifecycle.train_and_save(
+            trainer, checkpoint,
+            stage="ppo",
+            base_model=model_args.model_name_or_path or model_args.config_name,
+            parent=parent,
+            template=template.name if template else None,
+            head="causal_lm",
+            adapter=lora_args.use_peft,
+            dtype=str(model.base.dtype).removeprefix("torch."),
+            data_fingerprint=data.fingerprint,
+            reward=ppo_args.reward_model_path or ppo_args.reward_function,
+        )  # fmt: skip
+    if args.do_eval and data.validation is not None:
+        metrics |= lifecycle.evaluate_run(trainer)
+    lifecycle.report_curves(trainer, run_args, CURVES, "ppo.png")
+    lifecycle.report_run(trainer, run_args, arguments, data.report, metrics)
+    return metrics
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,248 @@
+"""What scores the completions of PPO: a reward model, on the policy's base or by itself, or a function."""
+
+import copy
+import importlib
+import importlib.util
+import json
+import logging
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from stagewise.errors import InputError
+from stagewise.modeling.actor_critic import REWARD, ActorCritic
+from stagewise.modeling.generation import load_for_inference
+from stagewise.modeling.loading import SCORE_HEADS, is_reward_model, prepare_scoring
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion, to be scored.
+
+    prompt: the rendered prompt, control tokens and all. finished: the completion ends with a stop token.
+    """
+
+    prompt: str
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    finished: bool
+
+
+Scorer = Callable[[Sequence[Sample]], list[float]]
+
+
+class RewardModel:
+    """Scores a sample as the RM stage scored its pairs: the whole rendered text, read at its last token.
+
+    Args:
+        model: a sequence-classification model with one label; its pad_token_id is that of its configuration.
+        suffix: ids that the chat template writes behind a stop token.
+        on: gives a context in which the model is the reward model, its adapter being on.
+        shares_base: the weights are the policy's base and an adapter on it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        suffix: Sequence[int] = (),
+        on: Callable[[], AbstractContextManager] = nullcontext,
+        batch_size: int = 16,
+        shares_base: bool = True,
+    ):
+        self.model, self.suffix, self.on, self.batch_size = model, list(suffix), on, batch_size
+        own = model.parameters() if not shares_base else ()
+        self.weights_gib = sum(p.numel() * p.element_size() for p in own) / 2**30
+
+    @torch.no_grad()
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        rows = [s.prompt_ids + s.completion_ids + (self.suffix if s.finished else []) for s in samples]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        scores = [0.0] * len(rows)
+        pad = self.model.config.get_text_config().pad_token_id
+        with self.on():
+            for start in range(0, len(order), self.batch_size):
+                chosen = order[start : start + self.batch_size]
+                ids = [torch.tensor(rows[i]) for i in chosen]
+                lengths = torch.tensor([len(row) for row in ids])
+                batch = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad).to(self.device)
+                mask = (torch.arange(batch.shape[1])[None] < lengths[:, None]).long().to(self.device)
+                logits = self.model(batch, attention_mask=mask, use_cache=False).logits
+                for i, score in zip(chosen, logits.squeeze(-1).float().tolist(), strict=True):
+                    scores[i] = score
+        return scores
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+
+class RewardFunction:
+    """A function of the user's: (prompts, completions) -> scores. Both are lists of text; special tokens are cut from
+    the completions, not from the prompts.
+    """
+
+    def __init__(self, function: Callable[[list[str], list[str]], Sequence[float]], tokenizer, name: str):
+        self.function, self.tokenizer, self.name = function, tokenizer, name
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        completions = self.tokenizer.batch_decode([s.completion_ids for s in samples], skip_special_tokens=True)
+        scores = [float(score) for score in self.function([s.prompt for s in samples], completions)]
+        if len(scores) != len(samples):
+            raise InputError(
+                f"--reward_function {self.name}: gave {len(scores)} scores for {len(samples)} completions"
+            )
+        for score, completion in zip(scores, completions, strict=True):
+            if not math.isfinite(score):
+                raise InputError(f"--reward_function {self.name}: gave {score} for the completion {completion!r}")
+        return scores
+
+
+def load_reward_function(spec: str, tokenizer) -> RewardFunction:
+    """`module:function`, or `folder/file.py:function`.
+
+    Raises:
+        InputError: there is no such thing, or it cannot be called.
+    """
+    place, _, name = spec.rpartition(":")
+    if not place or not name:
+        raise InputError(f"--reward_function {spec}: expected module:function, or file.py:function")
+    try:
+        if place.endswith(".py"):
+            found = importlib.util.spec_from_file_location(Path(place).stem, place)
+            if found is None or found.loader is None or not Path(place).is_file():
+                raise InputError(f"--reward_function {spec}: no such file")
+            module = importlib.util.module_from_spec(found)
+            found.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+    except ImportError as error:
+        raise InputError(f"--reward_function {spec}: {error}; a file is given as folder/file.py:{name}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise InputError(f"--reward_function {spec}: {place} has no function {name}")
+    return RewardFunction(function, tokenizer, spec)
+
+
+def load_scorer(
+    reward_model_path: str | None,
+    reward_function: str | None,
+    actor: ActorCritic,
+    tokenizer,
+    suffix: Sequence[int],
+    batch_size: int,
+) -> RewardModel | RewardFunction:
+    """The one of --reward_model_path and --reward_function that is given; see load_reward_model for the rest."""
+    if reward_function is not None:
+        return load_reward_function(reward_function, tokenizer)
+    return load_reward_model(str(reward_model_path), actor, tokenizer, suffix, batch_size)
+
+
+def load_reward_model(path: str, actor: ActorCritic, tokenizer, suffix: Sequence[int], batch_size: int) -> RewardModel:
+    """The reward model at `path`: its adapter joins the policy's base where it was trained on it; otherwise it is a
+    model of its own in memory. Either way the log says so.
+
+    Args:
+        suffix: ids that the chat template writes behind a stop token.
+
+    Raises:
+        InputError: no reward model there, or its tokenizer is not the policy's.
+    """
+    if not is_reward_model(path):
+        raise InputError(
+            f"--reward_model_path {path}: is no reward model, it has no score head; give one that reward_modeling.py "
+            "made (an adapter or merged)"
+        )
+    reward_tokenizer = _check_tokenizer(path, tokenizer)
+    device = actor.value_head.weight.device
+    if actor.shares_base and _same_base(path, actor.base.config.name_or_path):
+        model = _join_base(path, actor, reward_tokenizer)
+        if model is not None:
+            logger.info("reward model: the adapter %s, on the policy's own base", path)
+            return RewardModel(model.to(device), suffix, lambda: actor.adapters.use(REWARD), batch_size)
+    model, _ = load_for_inference(path, scores=True, device=device)
+    logger.info("reward model: %s, a model of its own in memory", path)
+    model.requires_grad_(False)
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    if base.config.get_text_config().pad_token_id is None:
+        prepare_scoring(base, reward_tokenizer)
+    return RewardModel(base, suffix, nullcontext, batch_size, shares_base=False)
+
+
+def _check_tokenizer(path: str, tokenizer):
+    """The reward model's tokenizer; it must give the policy's ids, which the reward model reads as they are."""
+    folder = path
+    if not (Path(path) / "tokenizer_config.json").is_file() and (Path(path) / "adapter_config.json").is_file():
+        folder = _adapter_base(path)
+    try:
+        found = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--reward_model_path {path}: {error}") from error
+    if found.get_vocab() != tokenizer.get_vocab():
+        raise InputError(
+            f"--reward_model_path {path}: its tokenizer is not the policy's ({len(found.get_vocab())} and "
+            f"{len(tokenizer.get_vocab())} entries), so it would read other text than the policy writes; train the "
+            "reward model from the policy's own model (run_rm.sh), or score with --reward_function"
+        )
+    if found.pad_token is None:
+        found.pad_token = tokenizer.pad_token
+    return found
+
+
+def _adapter_base(path: str) -> str:
+    return json.loads(Path(path, "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+
+
+def _same_base(path: str, policy_path: str) -> bool:
+    if not (Path(path) / "adapter_config.json").is_file():
+        return False
+    base = _adapter_base(path)
+    return base == policy_path or (Path(base).exists() and Path(base).resolve() == Path(policy_path).resolve())
+
+
+def _join_base(path: str, actor: ActorCritic, tokenizer) -> PreTrainedModel | None:
+    """The architecture's own sequence-classification model around the policy's base, and the adapter on that base.
+
+    None where the architecture does not allow it.
+    """
+    from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
+
+    config = copy.deepcopy(actor.base.config)
+    config.num_labels = 1
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    prefix = model.base_model_prefix
+    ours = getattr(actor.base, prefix, None)
+    head_name = next((name for name in SCORE_HEADS if hasattr(model, name)), None)
+    if ours is None or type(getattr(model, prefix, None)) is not type(ours) or head_name is None:
+        return None
+
+    adapter = LoraConfig.from_pretrained(path)
+    beside = [name for name in adapter.modules_to_save or [] if name not in SCORE_HEADS]
+    adapter.modules_to_save, adapter.task_type, adapter.inference_mode = beside or None, "CAUSAL_LM", True
+    weights = load_peft_weights(path, device="cpu")
+    head = f"base_model.model.{head_name}."
+    head_weights = {name.removeprefix(head): weights.pop(name) for name in [*weights] if name.startswith(head)}
+    actor.policy.add_adapter(REWARD, adapter)
+    result = set_peft_model_state_dict(actor.policy, weights, adapter_name=REWARD)
+    if result.unexpected_keys or not head_weights:
+        actor.policy.delete_adapter(REWARD)
+        actor.share_adapters()
+        return None
+    actor.share_adapters()
+
+    setattr(model, prefix, ours)
+    score_head = getattr(model, head_name).to_empty(device="cpu")
+    score_head.load_state_dict(head_weights)
+    score_head.float().requires_grad_(False)
+    prepare_scoring(model, tokenizer)
+    if ours.get_input_embeddings().weight.dtype != torch.float32:
+        score_head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
+    return model.eval()
