@@ -65,6 +65,13 @@ class PPOArguments:
     max_new_tokens: int = field(default=256, metadata={"help": "Tokens of an answer at most."})
     temperature: float = field(default=0.7, metadata={"help": "Of sampling."})
     top_p: float = field(default=1.0, metadata={"help": "Sample from the most likely tokens up to this probability."})
+    value_init: str = field(
+        default="auto",
+        metadata={
+            "help": "Where the value model starts: reward_model (an adapter on the policy's base), zero, or auto, the "
+            "first where it can."
+        },
+    )
     rollout_batch_size: int = field(
         default=64, metadata={"help": "Answers that a process samples and evaluates at once."}
     )
@@ -108,6 +115,8 @@ class PPOArguments:
             raise InputError("--reward_model_path, --reward_function: give one of them, to score the answers")
         if self.kl_estimator not in ("k1", "k3"):
             raise InputError(f"--kl_estimator: found {self.kl_estimator!r}, expected k1 or k3")
+        if self.value_init not in ("auto", "reward_model", "zero"):
+            raise InputError(f"--value_init: found {self.value_init!r}, expected auto, reward_model or zero")
         for names, expected, fits in RANGES:
             for name in names:
                 value = getattr(self, name)
@@ -168,7 +177,7 @@ def main(argv: list[str] | None = None) -> dict:
     model = load_actor_critic(model_args, lora_args, tokenizer, ppo_args.temperature)
     scorer = load_scorer(
         ppo_args.reward_model_path, ppo_args.reward_function, model, tokenizer,
-        completion_suffix(renderer, tokenizer), ppo_args.rollout_batch_size,
+        completion_suffix(renderer, tokenizer), ppo_args.rollout_batch_size, ppo_args.value_init,
     )  # fmt: skip
     log_memory(model, scorer)
 

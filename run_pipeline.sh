@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The staged chain on a fresh machine: PT -> merge -> SFT -> merge -> questions, RM -> merge, DPO -> merge, and one table
-# of what was learnt.
+# The staged chain on a fresh machine: PT -> merge -> SFT -> merge -> questions, RM -> PPO -> merge, DPO -> merge, and one
+# table of what was learnt.
 #   bash run_pipeline.sh                                  the embedded default: a tiny model, trained from scratch
 #   MODEL=Qwen/Qwen2.5-0.5B bash run_pipeline.sh          the same chain on a real model (adapters, merged between stages)
 #   OUTPUT_ROOT   where everything goes (outputs/pipeline)
-#   PT_FLAGS, SFT_FLAGS, RM_FLAGS, DPO_FLAGS   more flags for a stage: SFT_FLAGS="--max_steps 100"
+#   PT_FLAGS, SFT_FLAGS, RM_FLAGS, PPO_FLAGS, DPO_FLAGS   more flags for a stage: SFT_FLAGS="--max_steps 100"
 set -euo pipefail
 cd "$(dirname "$0")"
 ROOT="${OUTPUT_ROOT:-outputs/pipeline}"
@@ -44,6 +44,8 @@ done
 MODEL="$ROOT/sft-merged"
 OUTPUT="$ROOT/rm" run rm bash run_rm.sh --eval_on_start True --overwrite_output_dir True ${RM_FLAGS:-}
 run rm-merge merge "$MODEL" "$ROOT/rm" "$ROOT/rm-merged"
+OUTPUT="$ROOT/ppo" REWARD_MODEL="$ROOT/rm" run ppo bash run_ppo.sh --eval_on_start True --overwrite_output_dir True ${PPO_FLAGS:-}
+run ppo-merge merge "$MODEL" "$ROOT/ppo" "$ROOT/ppo-merged"
 OUTPUT="$ROOT/dpo" run dpo bash run_dpo.sh --eval_on_start True --overwrite_output_dir True ${DPO_FLAGS:-}
 run dpo-merge merge "$MODEL" "$ROOT/dpo" "$ROOT/dpo-merged"
 python examples/pipeline_report.py --root "$ROOT" --name "${NAME:-Stagewise}"

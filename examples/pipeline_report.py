@@ -13,6 +13,8 @@ STAGES = (
     ("sft", "loss of held-out answers", "eval_loss"),
     ("rm", "accuracy on held-out pairs", "eval_accuracy"),
     ("rm", "margin of scores", "eval_margin"),
+    ("ppo", "score of held-out prompts", "eval_scores"),
+    ("ppo", "KL to the policy before", "eval_kl"),
     ("dpo", "accuracy on held-out pairs", "eval_rewards/accuracies"),
     ("dpo", "margin of implicit rewards", "eval_rewards/margins"),
 )

@@ -43,15 +43,12 @@ def folder(tmp_path_factory) -> Path:
     """rewards.py and prompts.jsonl, 24 questions, every third with a round before it."""
     folder = tmp_path_factory.mktemp("ppo")
     (folder / "rewards.py").write_text(REWARDS)
-    rows = [
-        {
-            "conversations": [
-                {"from": "human", "value": "Why " * (i % 5) + f"is {i} odd?"},
-                {"from": "gpt", "value": "?"},
-            ]
-        }
-        for i in range(24)
-    ]
+    rows = []
+    for i in range(24):
+        turns = [("human", "Why " * (i % 5) + f"is {i} odd?"), ("gpt", "?")]
+        if i % 3 == 0:
+            turns = [("human", "Hello"), ("gpt", "Hello, what would you like to know about numbers?"), *turns]
+        rows.append({"conversations": [{"from": role, "value": text} for role, text in turns]})
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -338,7 +335,7 @@ def test_the_kl_coefficient_nears_its_target(whole):
         ("--temperature", "0.5"),
         ("--top_p", "0.3"),
         ("--max_new_tokens", "5"),
-        ("--max_prompt_length", "36"),
+        ("--max_prompt_length", "35"),
         ("--num_ppo_epochs", "1"),
         ("--num_mini_batches", "1"),
         ("--max_approx_kl", "1e-9", "--num_ppo_epochs", "4"),
@@ -401,7 +398,8 @@ def test_too_much_kl_stops_the_run_and_names_the_last_good_checkpoint(tiny_model
         run_ppo(tiny_model_dir, folder, tmp_path, *flags, function="share")
     assert caught.value.good_until > 1
     good = tmp_path / f"checkpoint-{caught.value.good_until}"
-    assert good.is_dir() and (tmp_path / f"checkpoint-{caught.value.good_until + 1}").is_dir()
+    assert good.is_dir()
+    assert (tmp_path / f"checkpoint-{caught.value.good_until + 1}").is_dir()
     assert f"--resume_from_checkpoint {good}" in str(caught.value)
     assert not (tmp_path / "adapter_model.safetensors").exists()
 

@@ -53,6 +53,7 @@ def workspace(tmp_path_factory):
             PT_FLAGS="--max_steps 3 --eval_strategy no",
             SFT_FLAGS="--max_steps 3 --eval_strategy no",
             RM_FLAGS="--max_steps 2 --eval_strategy no",
+            PPO_FLAGS="--max_steps 1 --per_device_train_batch_size 4 --gradient_accumulation_steps 1 --max_new_tokens 16",
             DPO_FLAGS="--max_steps 2 --eval_strategy no",
         )
     )
@@ -66,7 +67,9 @@ def test_the_pipeline_leaves_its_report(workspace):
     assert after < before
     assert {"eval_accuracy", "eval_margin", "seconds"} <= report["rm"].keys()
     assert report["dpo"]["eval_rewards/margins"][0] == 0.0
-    for stage in ("sft", "rm", "dpo"):
+    assert report["ppo"]["eval_kl"][0] == pytest.approx(0.0, abs=1e-4)
+    assert (root / "ppo" / "ppo.png").stat().st_size > 5000
+    for stage in ("sft", "rm", "ppo", "dpo"):
         assert (root / f"{stage}-merged" / "merge_report.json").is_file()
     assert (root / "pt" / "training_loss.png").stat().st_size > 5000
 
@@ -152,6 +155,21 @@ OLD_RM = """python reward_modeling.py --model_type auto --model_name_or_path out
     --target_modules all --lora_rank 8 --lora_alpha 16 --lora_dropout 0.05 --bf16 --torch_dtype bfloat16
     --device_map auto --report_to tensorboard --ddp_find_unused_parameters False --remove_unused_columns False
     --gradient_checkpointing True"""
+# The script of 2023 (trl's first PPOTrainer), and the one of 2024 (its second)
+OLD_PPO = """torchrun --nproc_per_node 1 ppo_training.py --model_type auto
+    --model_name_or_path outputs/pipeline/sft-merged --reward_model_name_or_path outputs/pipeline/rm-merged
+    --template_name chatml --torch_dtype float32 --device_map auto --train_file_dir examples/sft/train
+    --validation_file_dir examples/sft/validation --assistant_name A --assistant_author B --batch_size 8
+    --max_source_length 256 --max_target_length 16 --max_train_samples 20 --use_peft True --lora_rank 8
+    --lora_alpha 16 --lora_dropout 0.05 --do_train --max_steps 2 --learning_rate 1e-5 --save_steps 50
+    --output_dir outputs-rl-v1 --early_stopping True --target_kl 0.1 --reward_baseline 0.0"""
+OLD_PPO_2024 = """python ppo_training.py --sft_model_path outputs/pipeline/sft-merged
+    --reward_model_path outputs/pipeline/rm --model_name_or_path outputs/pipeline/sft-merged --template_name chatml
+    --torch_dtype bfloat16 --bf16 --train_file_dir examples/reward/train
+    --validation_file_dir examples/reward/validation --max_source_length 256 --response_length 16
+    --per_device_train_batch_size 1 --gradient_accumulation_steps 4 --gradient_checkpointing True --do_train
+    --total_episodes 8 --output_dir outputs-ppo-v1 --missing_eos_penalty 1.0 --eval_strategy steps --eval_steps 100
+    --num_train_epochs 3 --report_to tensorboard"""
 OLD_DPO = """python dpo_training.py --model_type auto --model_name_or_path outputs/pipeline/sft-merged
     --train_file_dir examples/reward/train --validation_file_dir examples/reward/validation
     --per_device_train_batch_size 4 --per_device_eval_batch_size 1 --do_train --do_eval --use_peft True
@@ -162,7 +180,7 @@ OLD_DPO = """python dpo_training.py --model_type auto --model_name_or_path outpu
 
 
 def test_command_lines_of_2023_run(workspace):
-    for command in (OLD_PT, OLD_MERGE, OLD_SFT, OLD_RM, OLD_DPO):
+    for command in (OLD_PT, OLD_MERGE, OLD_SFT, OLD_RM, OLD_PPO, OLD_PPO_2024, OLD_DPO):
         check(run(" ".join(command.split()), workspace))
     # the same folder again, as those scripts do on every start
     check(run(" ".join(OLD_PT.split()), workspace))

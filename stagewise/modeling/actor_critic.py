@@ -160,6 +160,31 @@ class ActorCritic(nn.Module):
         for name, parameter in self.policy.named_parameters():
             parameter.requires_grad_(any(f".{adapter}" in name for adapter in (POLICY, VALUE)))
 
+    def start_value_at_reward(self, score_head: nn.Module) -> None:
+        """The value model begins as the reward model, the adapter REWARD with this head (as in InstructGPT, arXiv
+        2203.02155): values of a half-written answer are then what it would score if it ended there.
+        """
+        from peft.utils.other import ModulesToSaveWrapper
+
+        config = copy.deepcopy(self.policy.peft_config[REWARD])
+        config.modules_to_save, config.inference_mode = None, False
+        config.lora_dropout = self.policy.peft_config[POLICY].lora_dropout
+        self.policy.set_adapter(POLICY)  # peft deletes none where none is on
+        self.policy.delete_adapter(VALUE)
+        self.policy.add_adapter(VALUE, config)
+        for module in self.policy.modules():
+            if isinstance(module, ModulesToSaveWrapper) and REWARD in module.modules_to_save:
+                # an embedding that the reward model has of its own: shared by the two, and frozen
+                module.modules_to_save[VALUE] = module.modules_to_save[REWARD]
+                module.update(VALUE)
+        parameters = dict(self.policy.named_parameters())
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                if f".{VALUE}" in name:
+                    parameter.copy_(parameters[name.replace(f".{VALUE}", f".{REWARD}")])
+            self.value_head.weight.copy_(score_head.weight)
+        self.share_adapters()
+
     def _with(self, adapter: str) -> AbstractContextManager:
         return self.adapters.use(adapter) if self.shares_base else nullcontext()
 

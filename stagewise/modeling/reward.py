@@ -58,6 +58,7 @@ class RewardModel:
         shares_base: bool = True,
     ):
         self.model, self.suffix, self.on, self.batch_size = model, list(suffix), on, batch_size
+        self.shares_base = shares_base
         own = model.parameters() if not shares_base else ()
         self.weights_gib = sum(p.numel() * p.element_size() for p in own) / 2**30
 
@@ -138,11 +139,29 @@ def load_scorer(
     tokenizer,
     suffix: Sequence[int],
     batch_size: int,
+    value_init: str = "auto",
 ) -> RewardModel | RewardFunction:
-    """The one of --reward_model_path and --reward_function that is given; see load_reward_model for the rest."""
+    """The one of --reward_model_path and --reward_function that is given; see load_reward_model for the rest.
+
+    Args:
+        value_init: where the value model starts: "zero", "reward_model", or "auto", which is the second where the
+            reward model is an adapter on the policy's base.
+
+    Raises:
+        InputError: the value model cannot start at the reward model; or as load_reward_model, load_reward_function.
+    """
     if reward_function is not None:
-        return load_reward_function(reward_function, tokenizer)
-    return load_reward_model(str(reward_model_path), actor, tokenizer, suffix, batch_size)
+        scorer: RewardModel | RewardFunction = load_reward_function(reward_function, tokenizer)
+    else:
+        scorer = load_reward_model(str(reward_model_path), actor, tokenizer, suffix, batch_size)
+    if isinstance(scorer, RewardModel) and scorer.shares_base and value_init != "zero":
+        actor.start_value_at_reward(score_head(scorer.model))
+    elif value_init == "reward_model":
+        raise InputError(
+            "--value_init reward_model: needs a reward model that is an adapter on the policy's own base; "
+            "use --value_init zero"
+        )
+    return scorer
 
 
 def load_reward_model(path: str, actor: ActorCritic, tokenizer, suffix: Sequence[int], batch_size: int) -> RewardModel:
@@ -174,6 +193,11 @@ def load_reward_model(path: str, actor: ActorCritic, tokenizer, suffix: Sequence
     if base.config.get_text_config().pad_token_id is None:
         prepare_scoring(base, reward_tokenizer)
     return RewardModel(base, suffix, nullcontext, batch_size, shares_base=False)
+
+
+def score_head(model: PreTrainedModel) -> nn.Module:
+    """The layer that makes a score of a hidden state."""
+    return next(getattr(model, name) for name in SCORE_HEADS if hasattr(model, name))
 
 
 def _check_tokenizer(path: str, tokenizer):
@@ -220,8 +244,8 @@ def _join_base(path: str, actor: ActorCritic, tokenizer) -> PreTrainedModel | No
         model = AutoModelForSequenceClassification.from_config(config)
     prefix = model.base_model_prefix
     ours = getattr(actor.base, prefix, None)
-    head_name = next((name for name in SCORE_HEADS if hasattr(model, name)), None)
-    if ours is None or type(getattr(model, prefix, None)) is not type(ours) or head_name is None:
+    head_name = next((name for name in SCORE_HEADS if isinstance(getattr(model, name, None), nn.Linear)), None)
+    if ours is None or head_name is None or not isinstance(getattr(model, prefix, None), type(ours)):
         return None
 
     adapter = LoraConfig.from_pretrained(path)
@@ -239,10 +263,9 @@ def _join_base(path: str, actor: ActorCritic, tokenizer) -> PreTrainedModel | No
     actor.share_adapters()
 
     setattr(model, prefix, ours)
-    score_head = getattr(model, head_name).to_empty(device="cpu")
-    score_head.load_state_dict(head_weights)
-    score_head.float().requires_grad_(False)
+    head_layer = getattr(model, head_name).to_empty(device="cpu")
+    head_layer.load_state_dict(head_weights)
+    head_layer.to(ours.get_input_embeddings().weight.dtype).requires_grad_(False)
     prepare_scoring(model, tokenizer)
-    if ours.get_input_embeddings().weight.dtype != torch.float32:
-        score_head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
+    head_layer.load_state_dict(head_weights)  # exactly: prepare_scoring has made it float32 again
     return model.eval()

@@ -414,7 +414,7 @@ class PPOTrainer(StageTrainerMixin, Trainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._objective(rollouts).items()}
         metrics |= speed_metrics(metric_key_prefix, started, num_samples=len(dataset))
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         return metrics
 
     def samples(self, count: int) -> list[dict]:
