@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> dict:
     with args.main_process_first(desc="data"):
         data = loading.load_prompts(data_args, renderer, tokenizer, PromptOptions(limit), args)
     if run_args.dry_run:
-        return lifecycle.report_dry_run(args, data.report, data.train)
+        return lifecycle.report_dry_run(args, data.report, data.train, ppo_args.num_mini_batches)
 
     # 4. model
     model = load_actor_critic(model_args, lora_args, tokenizer, ppo_args.temperature)

@@ -58,6 +58,23 @@ def build_model(folder: Path, hidden_size: int, num_hidden_layers: int, vocab_si
     return build(["--output_dir", str(folder), *(f"--{key}={value}" for key, value in shape.items())])["parameters"]
 
 
+def write_without_stop(model_dir: Path, output: Path) -> None:
+    """The same model, but stop tokens are never sampled: every answer has max_new_tokens tokens, in every run.
+
+    Input and output embedding are one matrix. A coordinate that is large for every token stays so in the hidden
+    states, and gives the tokens for which it is negative logits far below all others.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    embedding = model.get_input_embeddings().weight.data
+    embedding[:, 0] = 4.0
+    embedding[tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"]), 0] = -4.0
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+
+
 def train_reward_adapter(model: Path, output: Path, folder: Path, dtype: str) -> None:
     """A rank-8 adapter after one step: its size counts here, not what it has learnt."""
     run_script(
@@ -146,7 +163,7 @@ def measure_throughput(args: argparse.Namespace, model: Path, folder: Path) -> d
     """One run of ppo_training.py; its figures."""
     prompts, output = folder / "prompts.jsonl", folder / "ppo"
     # a quarter of a conversation is its question
-    write_conversations(prompts, args.prompts, 4 * args.prompt_tokens, 12 * args.prompt_tokens)
+    write_conversations(prompts, args.prompts, 4 * args.prompt_words, 12 * args.prompt_words)
     batches = ("per_device_train_batch_size", "gradient_accumulation_steps", "rollout_batch_size", "max_new_tokens")
     run_script(
         "ppo_training.py", folder, "--model_name_or_path", model, "--dtype", args.dtype, "--train_file_dir", prompts,
@@ -239,7 +256,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     throughput.add_argument("--reward", default="model", choices=["model", "function"])
     throughput.add_argument("--steps", type=int, default=4, help="2 or more; the first one is left out")
     throughput.add_argument("--prompts", type=int, default=64)
-    throughput.add_argument("--prompt_tokens", type=int, default=48, help="words of a prompt, about, in the mean")
+    throughput.add_argument("--prompt_words", type=int, default=48, help="of a prompt, about, in the mean")
     throughput.add_argument("--max_new_tokens", type=int, default=128)
     throughput.add_argument("--rollout_batch_size", type=int, default=16)
     throughput.add_argument("--per_device_train_batch_size", type=int, default=8)
@@ -269,10 +286,9 @@ def main(argv: list[str] | None = None) -> dict:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         report: dict = {"device": device, "dtype": args.dtype, "memory": measure_memory(args, folder)}
         if not args.memory_only:
-            model = folder / "small_model"
-            parameters = build_model(
-                model, args.small_hidden_size, args.small_num_hidden_layers, args.small_vocab_size
-            )
+            shape = (args.small_hidden_size, args.small_num_hidden_layers, args.small_vocab_size)
+            parameters, model = build_model(folder / "random", *shape), folder / "small_model"
+            write_without_stop(folder / "random", model)
             throughput = measure_throughput(args, model, folder)
             report["throughput"] = {"parameters": parameters, **throughput}
             report["generation"] = {"parameters": parameters, **measure_generation(args, model)}

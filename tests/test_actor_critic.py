@@ -325,7 +325,7 @@ ROWS = [{"input_ids": prompt, "text": f"prompt {i}"} for i, prompt in enumerate(
 
 
 def positions_of(actor: ActorCritic) -> list[int]:
-    """Grows by the length of the rows whenever the decoder is entered."""
+    """A list that gets the length of the rows whenever the decoder is entered."""
     lengths: list[int] = []
     embedding = actor.base.get_input_embeddings()
     embedding.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
@@ -345,7 +345,8 @@ def test_each_token_enters_the_decoder_once(checkpointing):
 
 
 def test_rollouts_hold_what_each_part_says_of_the_completions():
-    actor = perturb(actor_of("llama", temperature=0.7), POLICY, VALUE, "value_head").train()
+    actor = actor_of("llama", temperature=0.7, lora_dropout=0.5)  # off while samples are made
+    perturb(actor, POLICY, VALUE, "value_head").train()
     seen = []
 
     def scorer(samples):
@@ -424,6 +425,19 @@ def test_a_fresh_policy_is_the_reference_is_the_bare_base():
     torch.testing.assert_close(found["reference"], wanted, atol=1e-5, rtol=1e-5)
     assert found["values"].eq(0).all()
     assert found["values"].shape == (3, 4)
+
+
+def test_adapters_are_on_within_their_context_alone():
+    actor = actor_of("llama")
+    layer = actor.base.model.layers[0].self_attn.q_proj
+    assert layer.active_adapters == []
+    with actor.adapters.use(POLICY):
+        with actor.adapters.use(VALUE):
+            assert layer.active_adapters == [VALUE]
+        assert layer.active_adapters == [POLICY]
+    with pytest.raises(IndexError):  # there is no such token
+        actor.policy_logprobs(batch(completions=[[1000]] * 3))
+    assert layer.active_adapters == []
 
 
 @pytest.mark.parametrize(
@@ -809,16 +823,23 @@ def test_scoring_between_forward_and_backward_changes_no_gradient(actor, rm_dir,
     scorer = load_reward_model(str(rm_dir), actor, tokenizer, newline(tokenizer), batch_size=4)
     actor.activation_checkpointing_enable()
     samples, _ = chat_samples(tokenizer, True)
-    loss = actor(**vars(batch()))[0].sum()
-    (wanted,) = torch.autograd.grad(loss, [actor.policy.get_parameter(_first(actor, POLICY))])
+    policy = [p for name, p in actor.named_parameters() if f".{POLICY}." in name]
+    actor.train()
+    torch.manual_seed(0)
+    wanted = torch.autograd.grad(actor(**vars(batch()))[0].sum(), policy)
+    torch.manual_seed(0)
     loss = actor(**vars(batch()))[0].sum()
     scorer(samples)
-    (found,) = torch.autograd.grad(loss, [actor.policy.get_parameter(_first(actor, POLICY))])
-    assert torch.equal(found, wanted)
+    for found, gradient in zip(torch.autograd.grad(loss, policy), wanted, strict=True):
+        assert torch.equal(found, gradient)
 
 
-def _first(actor: ActorCritic, adapter: str) -> str:
-    return next(name for name, _ in actor.policy.named_parameters() if f".{adapter}." in name)
+def test_paths_of_one_folder_are_one_base(tiny_model_dir, rm_dir, tokenizer, tmp_path):
+    """A reward adapter joins the base also where another spelling of the same folder was given."""
+    link = tmp_path / "link"
+    link.symlink_to(Path(tiny_model_dir), target_is_directory=True)
+    actor = load_actor_critic(ModelArguments(model_name_or_path=str(link)), lora(), tokenizer, 1.0).eval()
+    assert load_reward_model(str(rm_dir), actor, tokenizer, [], 3).weights_gib == 0
 
 
 def test_a_merged_reward_model_is_one_of_its_own_with_the_same_scores(actor, rm_dir, merged_rm_dir, tokenizer, log):
@@ -1066,6 +1087,11 @@ def four_bit_dir(tiny_model_dir, tokenizer, tmp_path_factory):
     return str(folder)
 
 
+def logprobs_by_hand_of(actor: ActorCritic, *adapters: str) -> torch.Tensor:
+    with actor.adapters.use(*adapters):
+        return logprobs_by_hand(actor.base, temperature=actor.temperature)
+
+
 def test_training_on_a_4_bit_base_is_not_changed_by_rollouts(four_bit_dir, tokenizer):
     """Where the CPU has AVX512-BF16, a forward pass in eval mode would repack the weights and spoil all gradients."""
     actor = load_actor_critic(ModelArguments(model_name_or_path=four_bit_dir), lora(), tokenizer, 0.7)
@@ -1101,11 +1127,6 @@ def test_a_reward_adapter_joins_a_4_bit_base(four_bit_dir, tokenizer, tmp_path):
         wanted = [alone(torch.tensor([s.prompt_ids + s.completion_ids])).logits.item() for s in samples]
     assert max(wanted) - min(wanted) > 1e-2
     assert scorer(samples) == pytest.approx(wanted, abs=1e-4)
-
-
-def logprobs_by_hand_of(actor: ActorCritic, *adapters: str) -> torch.Tensor:
-    with actor.adapters.use(*adapters):
-        return logprobs_by_hand(actor.base, temperature=actor.temperature)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -1192,11 +1213,3 @@ def test_prompt_and_answer_beyond_the_positions_are_refused(requested, max_new_t
     arguments = ModelArguments(model_name_or_path=position_models[512])
     with pytest.raises(InputError, match=f"--max_new_tokens {max_new_tokens}: with --max_prompt_length .*512 pos"):
         prompt_limit(arguments, requested, max_new_tokens)
-
-
-def test_paths_of_one_folder_are_one_base(tiny_model_dir, rm_dir, tokenizer, tmp_path):
-    """A reward adapter joins the base also where another spelling of the same folder was given."""
-    link = tmp_path / "link"
-    link.symlink_to(Path(tiny_model_dir), target_is_directory=True)
-    actor = load_actor_critic(ModelArguments(model_name_or_path=str(link)), lora(), tokenizer, 1.0).eval()
-    assert load_reward_model(str(rm_dir), actor, tokenizer, [], 3).weights_gib == 0

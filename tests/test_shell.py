@@ -53,7 +53,7 @@ def workspace(tmp_path_factory):
             PT_FLAGS="--max_steps 3 --eval_strategy no",
             SFT_FLAGS="--max_steps 3 --eval_strategy no",
             RM_FLAGS="--max_steps 2 --eval_strategy no",
-            PPO_FLAGS="--max_steps 1 --per_device_train_batch_size 4 --gradient_accumulation_steps 1 --max_new_tokens 16",
+            PPO_FLAGS="--max_steps 1 --gradient_accumulation_steps 1 --max_new_tokens 16",
             DPO_FLAGS="--max_steps 2 --eval_strategy no",
         )
     )

@@ -135,14 +135,18 @@ def _plain(value: object):
     return None
 
 
-def report_dry_run(args, data_report: dict, train_dataset) -> dict:
-    """Print what would be trained, write nothing; returns the report."""
+def report_dry_run(args, data_report: dict, train_dataset, rounds: int = 1) -> dict:
+    """Print what would be trained, write nothing; returns the report.
+
+    Args:
+        rounds: accumulated batches of a step, where a step takes several.
+    """
     if args.should_log:
         print(json.dumps(data_report, indent=2, ensure_ascii=False))
         size = "a stream of rows"
         if hasattr(train_dataset, "__len__"):
-            batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-            size = f"{len(train_dataset)} rows, {math.ceil(len(train_dataset) / batch)} optimizer steps an epoch"
+            batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps * rounds
+            size = f"{len(train_dataset)} rows, {math.ceil(len(train_dataset) / batch)} steps an epoch"
         print(f"dry run: {size}; nothing was written")
     return {"data_report": data_report}
 

@@ -450,12 +450,16 @@ class PPOTrainer(StageTrainerMixin, Trainer):
             (folder / STATE_FILE).write_text(json.dumps({"kl_coef": self.kl_coef}) + "\n", encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        path = Path(resume_from_checkpoint) / STATE_FILE
-        if not path.is_file():
-            raise InputError(f"{resume_from_checkpoint}: {STATE_FILE} is missing: it is no checkpoint of PPO")
-        self.kl_coef = json.loads(path.read_text(encoding="utf-8"))["kl_coef"]
         self.actor.load_value_model(resume_from_checkpoint)
         self.actor.load_policy(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            path = Path(checkpoint) / STATE_FILE
+            if not path.is_file():
+                raise InputError(f"{checkpoint}: {STATE_FILE} is missing: it is no checkpoint of PPO")
+            self.kl_coef = json.loads(path.read_text(encoding="utf-8"))["kl_coef"]
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -493,6 +497,7 @@ def _refuse(args) -> None:
             args.train_sampling_strategy == "group_by_length",
             "--train_sampling_strategy group_by_length: rollouts are sorted by length anyway; use random",
         ),
+        (args.fsdp, "--fsdp: PPO runs on plain data parallelism or ZeRO-2; leave it out"),
         (args.deepspeed and _zero_stage(args) == 3, "--deepspeed: PPO runs with ZeRO-2, not with ZeRO-3"),
     ):
         if used:
