@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> dict:
     model = load_actor_critic(model_args, lora_args, tokenizer, ppo_args.temperature)
     scorer = load_scorer(
         ppo_args.reward_model_path, ppo_args.reward_function, model, tokenizer,
-        completion_suffix(renderer, tokenizer), ppo_args.rollout_batch_size, ppo_args.value_init,
+        completion_suffix(renderer, tokenizer), math.ceil(ppo_args.rollout_batch_size / 4), ppo_args.value_init,
     )  # fmt: skip
     log_memory(model, scorer)
 

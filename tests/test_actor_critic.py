@@ -334,13 +334,14 @@ def positions_of(actor: ActorCritic) -> list[int]:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_each_token_enters_the_decoder_once(checkpointing):
-    """The longest prompt has 7 tokens; 10 new ones need 9 more positions. Then policy, value model and reference."""
+    """The longest prompt has 7 tokens; 10 new ones need 9 more positions. Then three models read each row."""
     actor = actor_of("llama").train()
     if checkpointing:
         actor.activation_checkpointing_enable()
     lengths = positions_of(actor)
     collect(actor, lambda samples: [0.0] * 3, ROWS, [0, 1, 2], sampling(10), 3, torch.device("cpu"))
-    assert lengths == [7, *[1] * 9, *[17] * 3]
+    assert lengths[:10] == [7, *[1] * 9]
+    assert sorted(lengths[10:]) == sorted(3 * [len(ids) + 10 for ids in PROMPTS])
     assert actor.training
 
 
@@ -705,6 +706,9 @@ def test_whole_models_are_saved_and_loaded(whole, tiny_model_dir, tokenizer, tmp
     other.load_value_model(str(tmp_path))
     assert torch.equal(outputs(other)["values"], wanted["values"])
     assert wanted["values"].any()
+    other.load_policy(str(tmp_path))
+    assert torch.equal(outputs(other)["policy"], wanted["policy"])
+    assert gradients(other).keys() == trainable(other)
 
 
 def test_a_policy_trained_whole_needs_models_beside_it():
@@ -803,19 +807,58 @@ def test_the_reward_adapter_on_the_policys_base_scores_as_it_did_alone(kind, act
     assert not any(f".{REWARD}." in name for name in trained)
 
 
+@pytest.mark.parametrize("kind", ["rm_dir", "embedding_rm_dir"])
 def test_a_shared_reward_model_lives_with_a_policy_that_has_an_embedding_of_its_own(
-    tiny_model_dir, embedding_rm_dir, tokenizer
+    kind, tiny_model_dir, tokenizer, request
 ):
-    arguments = ModelArguments(model_name_or_path=tiny_model_dir)
+    folder, arguments = request.getfixturevalue(kind), ModelArguments(model_name_or_path=tiny_model_dir)
     actor = load_actor_critic(arguments, lora(modules_to_save="embed_tokens,lm_head"), tokenizer, 1.0).eval()
-    scorer = load_reward_model(str(embedding_rm_dir), actor, tokenizer, newline(tokenizer), batch_size=2)
+    scorer = load_reward_model(str(folder), actor, tokenizer, newline(tokenizer), batch_size=2)
+    assert scorer.weights_gib == 0
     perturb(actor, POLICY)
     samples, texts = chat_samples(tokenizer, True)
-    assert scorer(samples) == pytest.approx(
-        score(*load_for_inference(str(embedding_rm_dir), scores=True), texts), abs=1e-5
-    )
+    wanted = score(*load_for_inference(str(folder), scores=True), texts)
+    assert scorer(samples) == pytest.approx(wanted, abs=1e-5)
     bare = logprobs_by_hand(AutoModelForCausalLM.from_pretrained(tiny_model_dir))
     torch.testing.assert_close(outputs(actor)["reference"], bare, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("policy", [{}, {"modules_to_save": "embed_tokens,lm_head"}], ids=["lora", "own embedding"])
+@pytest.mark.parametrize("kind", ["rm_dir", "embedding_rm_dir"])
+def test_the_value_model_starts_as_the_reward_model(kind, policy, tiny_model_dir, tokenizer, tmp_path, request):
+    """The value before a token is the score of what is there already."""
+    folder, arguments = str(request.getfixturevalue(kind)), ModelArguments(model_name_or_path=tiny_model_dir)
+    actor = load_actor_critic(arguments, lora(**policy), tokenizer, 1.0).eval()
+    bare = outputs(actor)
+    scorer = load_scorer(folder, None, actor, tokenizer, newline(tokenizer), 3)
+    found = outputs(actor)
+    assert changed(bare, found) == {"values"}
+    for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
+        begun = [Sample("", prompt, completion[:t], False) for t in range(len(completion))]
+        assert found["values"][row, : len(completion)].tolist() == pytest.approx(scorer(begun), abs=1e-5)
+    samples, texts = chat_samples(tokenizer, True)
+    wanted = score(*load_for_inference(folder, scores=True), texts)
+    gradient = gradients(actor)
+    assert gradient.keys() == trainable(actor)
+    assert not any(f".{REWARD}." in name for name in gradient)
+    assert changed(found, outputs(perturb(actor, VALUE, "value_head"))) == {"values"}
+    assert changed(found, outputs(perturb(actor, POLICY))) == {"policy", "values"}
+    assert scorer(samples) == pytest.approx(wanted, abs=1e-5)
+    assert sum(actor.weights_gib().values()) == pytest.approx(distinct_gib(actor))
+    actor.save_value_model(str(tmp_path))
+    resumed = load_actor_critic(arguments, lora(**policy), tokenizer, 1.0).eval()
+    load_scorer(folder, None, resumed, tokenizer, newline(tokenizer), 3)
+    resumed.load_value_model(str(tmp_path))
+    assert torch.equal(outputs(resumed)["values"], outputs(actor)["values"])
+
+
+def test_the_value_model_can_start_at_nothing(actor, rm_dir, merged_rm_dir, tokenizer):
+    load_scorer(str(rm_dir), None, actor, tokenizer, [], 3, "zero")
+    assert outputs(actor)["values"].eq(0).all()
+    with pytest.raises(InputError, match="--value_init reward_model: needs .* on the policy's own base"):
+        load_scorer(str(merged_rm_dir), None, actor, tokenizer, [], 3, "reward_model")
+    load_scorer(str(merged_rm_dir), None, actor, tokenizer, [], 3)
+    assert outputs(actor)["values"].eq(0).all()
 
 
 def test_scoring_between_forward_and_backward_changes_no_gradient(actor, rm_dir, tokenizer):
@@ -868,6 +911,25 @@ def test_a_reward_adapter_of_another_base_is_a_model_of_its_own(actor, rm_dir, t
     assert scorer.weights_gib > 0
     assert not any(REWARD in name for name, _ in actor.named_parameters())
     assert scorer(samples) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_reward_adapter_that_does_not_fit_the_policys_base_leaves_nothing_on_it(
+    actor, rm_dir, tokenizer, tmp_path, log
+):
+    folder = tmp_path / "rm"
+    shutil.copytree(rm_dir, folder)
+    weights = load_file(rm_dir / "adapter_model.safetensors")
+    more = weights | {"base_model.model.other.lora_A.weight": torch.zeros(8, 64)}
+    save_file(more, folder / "adapter_model.safetensors")
+    perturb(actor, POLICY, VALUE, "value_head")
+    before, trained = outputs(actor), trainable(actor)
+    samples, texts = chat_samples(tokenizer, True)
+    scorer = load_reward_model(str(folder), actor, tokenizer, newline(tokenizer), batch_size=3)
+    assert "a model of its own in memory" in log[-1]
+    assert scorer(samples) == pytest.approx(score(*load_for_inference(str(rm_dir), scores=True), texts), abs=1e-5)
+    assert not any(REWARD in name for name, _ in actor.named_parameters())
+    assert changed(before, outputs(actor)) == set()
+    assert gradients(actor).keys() == trainable(actor) == trained
 
 
 def test_a_policy_trained_whole_gets_a_reward_model_of_its_own(whole, rm_dir, tokenizer):

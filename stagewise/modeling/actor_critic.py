@@ -113,9 +113,9 @@ class ActorCritic(nn.Module):
         policy: a PeftModel whose only adapter is the policy's, or a model of which every weight is trained.
         value_model: None to put a value adapter on the policy's base; otherwise the decoder of a causal LM, which is
             trained whole.
-        reference: None where the policy's base (or the adapter at `reference_adapter`) is the reference; otherwise a
-            model of its own, which is frozen.
-        reference_adapter: folder of the adapter that the policy started from.
+        reference: None where the policy's base (or its adapter as it is now) is the reference; otherwise a model of
+            its own, which is frozen.
+        keeps_adapter: a frozen copy of the policy's adapter is the reference, and not the bare base.
         temperature: of sampling; log-probabilities are those of the distribution that is sampled from.
 
     Raises:
@@ -127,11 +127,13 @@ class ActorCritic(nn.Module):
         policy: nn.Module,
         value_model: PreTrainedModel | None = None,
         reference: PreTrainedModel | None = None,
-        reference_adapter: str | None = None,
+        keeps_adapter: bool = False,
         temperature: float = 1.0,
     ):
         super().__init__()
         self.shares_base = hasattr(policy, "peft_config")
+        if not self.shares_base and (value_model is None or reference is None):
+            raise InputError("a policy that is trained whole needs a value model and a reference of their own")
         self.policy = policy
         self.base: PreTrainedModel = policy.get_base_model() if self.shares_base else policy
         self.value_model = value_model
@@ -140,9 +142,9 @@ class ActorCritic(nn.Module):
         self.config = self.base.config
         if self.shares_base:
             _add_value_adapter(policy)
-            if reference_adapter:
-                policy.load_adapter(reference_adapter, adapter_name=REFERENCE, is_trainable=False)
-        self._reference_adapters = (REFERENCE,) if reference_adapter else ()
+            if keeps_adapter:
+                _add_reference_adapter(policy)
+        self._reference_adapters = (REFERENCE,) if keeps_adapter else ()
         hidden_size = self.config.get_text_config().hidden_size
         # V = 0 at the start: the first advantages are those of the rewards alone, not of a random head
         self.value_head = nn.Linear(hidden_size, 1, device=self.base.get_input_embeddings().weight.device)
@@ -159,6 +161,10 @@ class ActorCritic(nn.Module):
             return
         for name, parameter in self.policy.named_parameters():
             parameter.requires_grad_(any(f".{adapter}" in name for adapter in (POLICY, VALUE)))
+        # the value model has no use for a head over the vocabulary, so what is on it would never get a gradient
+        for name, parameter in self.base.get_output_embeddings().named_parameters():
+            if f".{VALUE}" in name:
+                parameter.requires_grad_(False)
 
     def start_value_at_reward(self, score_head: nn.Module) -> None:
         """The value model begins as the reward model, the adapter REWARD with this head (as in InstructGPT, arXiv
@@ -273,13 +279,17 @@ class ActorCritic(nn.Module):
                 "--gradient_checkpointing_kwargs: use_reentrant would compute layers again with the wrong adapter; "
                 "leave it out"
             )
-        settings = given | {"use_reentrant": False, "context_fn": self.adapters.checkpoint_contexts}
+        settings = given | {"use_reentrant": False, "context_fn": lambda: self.adapters.checkpoint_contexts()}
         for model in (self.base, self.value_model):
             if model is not None:
                 enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
                 enable(settings, **options)
 
-    gradient_checkpointing_enable = activation_checkpointing_enable  # its name before transformers 5.20
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict | None = None, **options: object
+    ) -> None:
+        """Its name before transformers 5.20."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     def save_policy(self, folder: str) -> None:
         """The policy as every other stage writes its result: an adapter, or a whole model."""
@@ -310,8 +320,8 @@ class ActorCritic(nn.Module):
         if not path.is_file():
             raise InputError(f"{folder}: {VALUE_FILE} is missing, so training cannot go on from there")
         tensors, parameters = load_file(path), self._value_parameters()
-        if tensors.keys() != parameters.keys():
-            raise InputError(f"{path}: is of another value model; check --use_peft and --target_modules")
+        if {name: t.shape for name, t in tensors.items()} != {name: p.shape for name, p in parameters.items()}:
+            raise InputError(f"{path}: is of another value model; check --use_peft, --lora_rank and --target_modules")
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(tensors[name])
@@ -351,6 +361,17 @@ def _add_value_adapter(policy) -> None:
     policy.add_adapter(VALUE, config)
 
 
+def _add_reference_adapter(policy) -> None:
+    """A frozen copy of the policy's adapter. peft's load_adapter would leave a tied head without its new embedding."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    config = copy.deepcopy(policy.peft_config[POLICY])
+    config.inference_mode = True
+    policy.add_adapter(REFERENCE, config)
+    weights = get_peft_model_state_dict(policy, adapter_name=POLICY, save_embedding_layers=False)
+    set_peft_model_state_dict(policy, weights, adapter_name=REFERENCE)
+
+
 def _gather_states(hidden: Tensor, batch: CompletionBatch) -> Tensor:
     """(B, L, D) -> (B, T, D): the states that predict the completion's tokens."""
     index = batch.source[..., None].expand(-1, -1, hidden.shape[-1])
@@ -371,7 +392,7 @@ def load_actor_critic(args: ModelArguments, lora_args: LoraArguments, tokenizer,
     policy = load_causal_lm(args, tokenizer, not lora_args.use_peft, token_loss=False)
     if lora_args.use_peft:
         policy = attach_adapter(policy, lora_args)
-        return ActorCritic(policy, reference_adapter=lora_args.peft_path, temperature=temperature)
+        return ActorCritic(policy, keeps_adapter=bool(lora_args.peft_path), temperature=temperature)
     logger.info("--use_peft False: policy, value model and reference are three models in memory")
     attach_adapter(policy, lora_args)
     value_model = load_causal_lm(args, tokenizer, True, token_loss=False).get_decoder()

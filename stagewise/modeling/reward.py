@@ -67,14 +67,15 @@ class RewardModel:
         rows = [s.prompt_ids + s.completion_ids + (self.suffix if s.finished else []) for s in samples]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         scores = [0.0] * len(rows)
-        pad = self.model.config.get_text_config().pad_token_id
+        # the device: asked for with no adapter on, as an embedding that the policy alone has has none for the others
+        pad, device = self.model.config.get_text_config().pad_token_id, self.device
         with self.on():
             for start in range(0, len(order), self.batch_size):
                 chosen = order[start : start + self.batch_size]
                 ids = [torch.tensor(rows[i]) for i in chosen]
                 lengths = torch.tensor([len(row) for row in ids])
-                batch = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad).to(self.device)
-                mask = (torch.arange(batch.shape[1])[None] < lengths[:, None]).long().to(self.device)
+                batch = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad).to(device)
+                mask = (torch.arange(batch.shape[1])[None] < lengths[:, None]).long().to(device)
                 logits = self.model(batch, attention_mask=mask, use_cache=False).logits
                 for i, score in zip(chosen, logits.squeeze(-1).float().tolist(), strict=True):
                     scores[i] = score
@@ -83,6 +84,10 @@ class RewardModel:
     @property
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
+
+    def to(self, device: torch.device) -> None:
+        """Move what is the reward model's own: the score head, or all of it."""
+        (score_head(self.model) if self.shares_base else self.model).to(device)
 
 
 class RewardFunction:
@@ -95,7 +100,10 @@ class RewardFunction:
 
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
         completions = self.tokenizer.batch_decode([s.completion_ids for s in samples], skip_special_tokens=True)
-        scores = [float(score) for score in self.function([s.prompt for s in samples], completions)]
+        try:
+            scores = [float(score) for score in self.function([s.prompt for s in samples], completions)]
+        except TypeError as error:
+            raise InputError(f"--reward_function {self.name}: expected a list of numbers: {error}") from error
         if len(scores) != len(samples):
             raise InputError(
                 f"--reward_function {self.name}: gave {len(scores)} scores for {len(samples)} completions"
@@ -113,8 +121,8 @@ def load_reward_function(spec: str, tokenizer) -> RewardFunction:
         InputError: there is no such thing, or it cannot be called.
     """
     place, _, name = spec.rpartition(":")
-    if not place or not name:
-        raise InputError(f"--reward_function {spec}: expected module:function, or file.py:function")
+    if not place or not name or (place.startswith(".") and not place.endswith(".py")):
+        raise InputError(f"--reward_function {spec}: expected module:function, or folder/file.py:function")
     try:
         if place.endswith(".py"):
             found = importlib.util.spec_from_file_location(Path(place).stem, place)
@@ -185,7 +193,7 @@ def load_reward_model(path: str, actor: ActorCritic, tokenizer, suffix: Sequence
         model = _join_base(path, actor, reward_tokenizer)
         if model is not None:
             logger.info("reward model: the adapter %s, on the policy's own base", path)
-            return RewardModel(model.to(device), suffix, lambda: actor.adapters.use(REWARD), batch_size)
+            return RewardModel(model, suffix, lambda: actor.adapters.use(REWARD), batch_size)
     model, _ = load_for_inference(path, scores=True, device=device)
     logger.info("reward model: %s, a model of its own in memory", path)
     model.requires_grad_(False)

@@ -25,7 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
 from stagewise.errors import InputError, TrainingDiverged
 from stagewise.losses import policy_gradient as pg
 from stagewise.modeling.actor_critic import ActorCritic
-from stagewise.modeling.reward import Scorer
+from stagewise.modeling.reward import RewardModel, Scorer
 from stagewise.trainers.rollouts import Rollouts, RolloutTimes, collect, gather
 from stagewise.trainers.stage import StageTrainerMixin
 
@@ -114,6 +114,8 @@ class PPOTrainer(StageTrainerMixin, Trainer):
         super().__init__(*args, **kwargs)
         self.settings, self.scorer, self.sampling = settings, scorer, sampling
         self.rollout_batch_size = rollout_batch_size
+        if isinstance(scorer, RewardModel):
+            scorer.to(self.args.device)
         self.kl_coef = settings.kl_coef
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of the whole mini-batch
         self.rollouts: Rollouts | None = None
@@ -363,10 +365,10 @@ class PPOTrainer(StageTrainerMixin, Trainer):
     def end_iteration(self) -> None:
         """After the Trainer's own step: the figures of the updates, and where the time went."""
         self._num_updates += 1
-        update_s = time.perf_counter() - self._updates_started
-        sums = self.accelerator.reduce(self._updates)
-        self._note(dict(zip(UPDATE_FIGURES, (sums / self._num_updates).tolist(), strict=True)))
-        self._note({"loss": (sums[0] + self.settings.vf_coef * sums[1]).item() / self._num_updates})
+        means = (self.accelerator.reduce(self._updates) / self._num_updates).tolist()
+        update_s = time.perf_counter() - self._updates_started  # after tolist(), which waits for the device
+        self._note(dict(zip(UPDATE_FIGURES, means, strict=True)))
+        self._note({"loss": means[0] + self.settings.vf_coef * means[1]})
         sampled, read = self._tokens
         # tokens_per_second in the log: sampled tokens over the time of the whole iteration
         self.count_tokens(torch.tensor(sampled / self.args.world_size, device=self.args.device))

@@ -1,5 +1,6 @@
 """Rollouts of PPO: prompts in, completions out, with what policy, reference, value model and scorer say of them."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -139,7 +140,12 @@ def _pad(rows: Sequence[list[int]], pad_token_id: int) -> Tensor:
 
 @torch.no_grad()
 def _evaluate(actor, prompts, completions, batch_size, pad_token_id, device, with_values) -> list[Tensor]:
-    """logprobs, ref_logprobs and values, (N, T) each, by the forward pass that training uses."""
+    """logprobs, ref_logprobs and values, (N, T) each, by the forward pass that training uses.
+
+    A quarter of the rows at once that are generated at once: whole rows take more memory than a decoding step, and few
+    rows of like length take little padding.
+    """
+    batch_size = math.ceil(batch_size / 4)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(completions[i]), reverse=True)
     width = max(map(len, completions))
     results = [torch.zeros(len(prompts), width) for _ in range(3)]
@@ -162,10 +168,11 @@ def gather(rollouts: Rollouts, accelerator, count: int) -> Rollouts:
         return rollouts
     columns = {}
     for field in fields(Rollouts):
-        tensor = getattr(rollouts, field.name).to(accelerator.device)
-        wide = tensor.dim() > 1
-        padded = accelerator.pad_across_processes(tensor.contiguous(), dim=1) if wide else tensor
-        columns[field.name] = accelerator.gather(padded).cpu()
+        tensor = getattr(rollouts, field.name)
+        # as numbers: accelerate makes those of bool tensors, but only where it pads
+        numbers = (tensor.long() if tensor.dtype == torch.bool else tensor).to(accelerator.device).contiguous()
+        padded = accelerator.pad_across_processes(numbers, dim=1) if numbers.dim() > 1 else numbers
+        columns[field.name] = accelerator.gather(padded).cpu().to(tensor.dtype)
     # a process without a row of its own repeats one: of equal indices the first is taken
     order = torch.unique(columns["index"], return_inverse=True)[1]
     first = torch.stack([(order == place).nonzero()[0, 0] for place in range(count)])
