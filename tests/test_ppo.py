@@ -40,7 +40,7 @@ def not_a_number(prompts, completions):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """rewards.py and prompts.jsonl, 24 questions, every third with a round before it."""
+    """rewards.py and prompts.jsonl, 24 questions, every third with a round before it; short.jsonl."""
     folder = tmp_path_factory.mktemp("ppo")
     (folder / "rewards.py").write_text(REWARDS)
     rows = []
@@ -50,6 +50,7 @@ def folder(tmp_path_factory) -> Path:
             turns = [("human", "Hello"), ("gpt", "Hello, what would you like to know about numbers?"), *turns]
         rows.append({"conversations": [{"from": role, "value": text} for role, text in turns]})
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "short.jsonl").write_text("".join(json.dumps({"question": f"{i}?"}) + "\n" for i in range(8)))
     return folder
 
 
@@ -85,7 +86,8 @@ def figures(output_dir: Path) -> list[dict]:
 def test_a_toy_task_is_learnt_from_noise(seed, tiny_model_dir, folder, tmp_path):
     """The share of one letter, 2% at the start, nears its maximum of 1 within 60 steps."""
     run_ppo(
-        tiny_model_dir, folder, tmp_path, "--lora_rank", "8", "--lora_dropout", "0", "--modules_to_save",
+        tiny_model_dir, folder, tmp_path, "--train_file_dir", str(folder / "short.jsonl"),
+        "--lora_rank", "8", "--lora_dropout", "0", "--modules_to_save",
         "lm_head,embed_tokens", "--max_steps", "60", "--per_device_train_batch_size", "32", "--num_mini_batches", "1",
         "--num_ppo_epochs", "4", "--learning_rate", "4e-3", "--lr_scheduler_type", "constant", "--kl_coef", "0",
         "--max_kl", "0", "--seed", str(seed), "--do_train", "True", "--save_strategy", "no", "--report_to", "none",
