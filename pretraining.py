@@ -17,6 +17,8 @@ from stagewise.run.exit_codes import run_script
 class PTArguments:
     """Options of pretraining."""
 
+    _extends_context = True
+
     block_size: int | None = field(
         default=None, metadata={"help": "Tokens of a row; unset: 1024, or what the model was made for if less."}
     )
@@ -56,6 +58,7 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.modeling.attention import check_packing
     from stagewise.modeling.loading import load_causal_lm, load_tokenizer, row_limit
     from stagewise.modeling.lora import attach_adapter
+    from stagewise.modeling.s2_attention import enable_s2_attention
     from stagewise.run import lifecycle, lineage
     from stagewise.trainers.causal_lm import CausalLMTrainer
 
@@ -81,6 +84,8 @@ def main(argv: list[str] | None = None) -> dict:
 
     # 4. model
     model = load_causal_lm(model_args, tokenizer, not lora_args.use_peft, args.label_smoothing_factor)
+    if model_args.shift_attn:
+        enable_s2_attention(model, model_args.shift_attn_group)
     if isolate:
         check_packing(model, loading.first_documents(data.sample))
     model = attach_adapter(model, lora_args)

@@ -15,6 +15,8 @@ from stagewise.run.exit_codes import run_script
 class SFTArguments:
     """Options of supervised fine-tuning."""
 
+    _extends_context = True
+
     model_max_length: int | None = field(
         default=None,
         metadata={
@@ -65,6 +67,7 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.modeling.attention import check_packing
     from stagewise.modeling.loading import load_causal_lm, load_tokenizer, row_limit
     from stagewise.modeling.lora import attach_adapter
+    from stagewise.modeling.s2_attention import enable_s2_attention
     from stagewise.run import lifecycle, lineage
     from stagewise.trainers.causal_lm import CausalLMTrainer
 
@@ -93,6 +96,8 @@ def main(argv: list[str] | None = None) -> dict:
 
     # 4. model
     model = load_causal_lm(model_args, tokenizer, not lora_args.use_peft, args.label_smoothing_factor)
+    if model_args.shift_attn:
+        enable_s2_attention(model, model_args.shift_attn_group)
     if sft_args.packing:
         check_packing(model, data.sample[:3]["input_ids"])
     model = attach_adapter(model, lora_args, trains_new_tokens=bool(new_tokens))

@@ -83,6 +83,12 @@ class ModelArguments:
     attn_implementation: str | None = _option(
         None, "Attention kernel: eager, sdpa, flash_attention_2 and others.", group="attention and context"
     )
+    shift_attn: bool = _option(
+        False, "S2-Attn: train with attention in groups of tokens, half of the heads shifted.", "attention and context"
+    )
+    shift_attn_group: int | None = _option(
+        None, "Tokens of such a group, even; unset: a quarter of the batch's row length.", "attention and context"
+    )
 
     def __post_init__(self) -> None:
         _require_choices(self)
@@ -94,6 +100,17 @@ class ModelArguments:
             raise InputError(
                 f"--config_name: found {self.config_name!r} beside --model_name_or_path; "
                 "give one: the first starts from random weights, the second from trained ones"
+            )
+        self._check_shift_attn()
+
+    def _check_shift_attn(self) -> None:
+        group, kernel = self.shift_attn_group, self.attn_implementation
+        _require(group is None or self.shift_attn, "shift_attn_group", group, "no group without --shift_attn True")
+        even = group is None or (group >= 2 and group % 2 == 0)
+        _require(even, "shift_attn_group", group, "an even number of tokens, 2 or more")
+        if self.shift_attn and kernel not in (None, "sdpa"):
+            raise InputError(
+                f"--shift_attn: found --attn_implementation {kernel}, but S2-Attn runs on sdpa; leave one of them out"
             )
 
 
@@ -116,6 +133,9 @@ class LoraArguments:
     modules_to_save: str | None = _option(
         None, "Modules trained in full and saved beside the adapter, such as embed_tokens,lm_head for new tokens."
     )
+    trainable_params: str | None = _option(
+        None, "The same by parts of their names: embed,norm trains embeddings and norms (LongLoRA's LoRA+)."
+    )
     use_dora: bool = _option(False, "DoRA: magnitude and direction of each weight are learned apart.")
     use_rslora: bool = _option(False, "Rank-stabilised LoRA: the scale is alpha / sqrt(rank).")
 
@@ -127,9 +147,15 @@ class LoraArguments:
         alone = "all" not in targets or len(targets) == 1
         _require(alone, "target_modules", self.target_modules, "all, or names without all")
         _names("modules_to_save", self.modules_to_save)
-        for flag in ("peft_path", "use_dora", "use_rslora"):
+        _names("trainable_params", self.trainable_params)
+        for flag in ("peft_path", "use_dora", "use_rslora", "trainable_params"):
             value = getattr(self, flag)
             _require(self.use_peft or not value, flag, value, "no adapter option beside --use_peft False")
+        if self.trainable_params and self.peft_path:
+            raise InputError(
+                f"--trainable_params: found {self.trainable_params!r} beside --peft_path, whose adapter says itself "
+                "what is trained; leave it out"
+            )
 
 
 @dataclass
@@ -619,4 +645,17 @@ def parse_arguments(
     path, flags = _split_file(argv)
     overrides = parser.read_flags(flags)
     given = parser.read_file(path) if path else {}
-    return parser.build(given | overrides)
+    arguments = parser.build(given | overrides)
+    _check_stage(arguments, parser.prog)
+    return arguments
+
+
+def _check_stage(arguments: Sequence[Any], prog: str) -> None:
+    """Refuse LongLoRA's flags in stages that do not train on long texts; those that do say `_extends_context`."""
+    if any(getattr(each, "_extends_context", False) for each in arguments):
+        return
+    for flag in ("shift_attn", "trainable_params"):
+        if any(getattr(each, flag, None) for each in arguments):
+            raise InputError(
+                f"--{flag}: not for {prog}; long texts are trained by pretraining.py and supervised_finetuning.py"
+            )

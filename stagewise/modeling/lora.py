@@ -1,9 +1,11 @@
 """Put a LoRA adapter on a model: fresh, or from an old adapter's weights."""
 
+import functools
 import json
 import logging
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -42,6 +44,8 @@ def attach_adapter(
         peft_model = _load_adapter(model, args.peft_path, task_type)
     else:
         peft_model = get_peft_model(model, lora_config(model, args, task_type, trains_new_tokens))
+    if args.trainable_params:
+        _train_in_float32(peft_model)
     trainable, total = peft_model.get_nb_trainable_parameters()
     logger.info(
         "LoRA: %s of %s parameters are trained (%.2f%%)", f"{trainable:,}", f"{total:,}", 100 * trainable / total
@@ -68,8 +72,10 @@ def lora_config(model: PreTrainedModel, args: LoraArguments, task_type: str, tra
     from peft import LoraConfig
 
     saved = modules_to_save(model, args.modules_to_save) or (embedding_names(model) if trains_new_tokens else None)
+    parts = trainable_params(model, args.trainable_params)
+    saved = [*dict.fromkeys((saved or []) + parts)] or None
     has_head = model.get_output_embeddings() is not None  # of a vocabulary; a reward model has none
-    tied = getattr(model.config, "tie_word_embeddings", False) and has_head and bool(saved)
+    tied = getattr(model.config, "tie_word_embeddings", False) and has_head and _holds_embedding(model, saved)
     return LoraConfig(
         task_type=task_type,
         target_modules=target_modules(model, args.target_modules),
@@ -124,6 +130,49 @@ def modules_to_save(model: nn.Module, spec: str | None) -> list[str] | None:
     names = [name.strip() for name in spec.split(",") if name.strip()]
     _require_modules(model, names, "--modules_to_save", linear_only=False)
     return names
+
+
+def trainable_params(model: nn.Module, spec: str | None) -> list[str]:
+    """Names of the modules with parameters that have a part of `spec` in them: norm -> input_layernorm, norm, ..."""
+    parts = [part.strip() for part in spec.split(",")] if spec else []
+    holders = (path for path, module in model.named_modules() if module._parameters)
+    names = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in holders))
+    missing = [part for part in parts if not any(part in name for name in names)]
+    if missing:
+        raise InputError(
+            f"--trainable_params {spec}: no module has {', '.join(missing)} in its name; there is: {', '.join(names)}"
+        )
+    return [name for name in names if any(part in name for part in parts)]
+
+
+def _train_in_float32(peft_model: nn.Module) -> None:
+    """Hold what is trained in full in float32; around it the data type stays as it was.
+
+    A step of 1e-5 on a norm's weight of 1 is lost in bf16's eight bits: the module would never change.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    for wrapper in [module for module in peft_model.modules() if isinstance(module, ModulesToSaveWrapper)]:
+        dtype = next(wrapper.original_module.parameters()).dtype
+        if dtype == torch.float32:
+            continue
+        for trained in wrapper.modules_to_save.values():
+            trained.float()
+            trained.register_forward_pre_hook(_input_in_own_dtype)
+            trained.register_forward_hook(functools.partial(_output_in_dtype, dtype))
+
+
+def _input_in_own_dtype(module: nn.Module, inputs: tuple) -> tuple:
+    dtype = next(module.parameters()).dtype  # DeepSpeed may have changed it, and keeps float32 copies itself
+    return tuple(x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs)
+
+
+def _output_in_dtype(dtype: torch.dtype, module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+    return output.to(dtype)
+
+
+def _holds_embedding(model: PreTrainedModel, saved: list[str] | None) -> bool:
+    return not set(embedding_names(model)).isdisjoint(saved or ())
 
 
 def embedding_names(model: PreTrainedModel) -> list[str]:
