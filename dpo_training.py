@@ -39,14 +39,6 @@ class DPOArguments:
     ref_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Another model as the reference, in place of the policy's own start."}
     )
-    max_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens of prompt and answer together at most, longer answers are cut; unset: 1024, or what the "
-            "model was made for if less.",
-            "aliases": "--model_max_length",
-        },
-    )
     max_prompt_length: int | None = field(
         default=None,
         metadata={
@@ -92,13 +84,20 @@ def main(argv: list[str] | None = None) -> dict:
     arguments = parse_arguments(
         ModelArguments, LoraArguments, DataArguments, RunArguments, DPOArguments, StageTrainingArguments,
         argv=argv, prog="dpo_training.py", description=__doc__,
-        old_spellings=[prompt_and_answer_lengths("max_prompt_length", "max_length")],
+        old_spellings=[prompt_and_answer_lengths("max_prompt_length", "model_max_length")],
     )  # fmt: skip
     model_args, lora_args, data_args, run_args, dpo_args, args = arguments
 
     from stagewise.data import loading, preference_audit, tokenization
     from stagewise.data.preferences import PreferenceOptions
-    from stagewise.modeling.loading import load_causal_lm, load_reference, load_tokenizer, reserve_padding, row_limit
+    from stagewise.modeling.loading import (
+        load_causal_lm,
+        load_config,
+        load_reference,
+        load_tokenizer,
+        reserve_padding,
+        row_limit,
+    )
     from stagewise.modeling.lora import policy_adapter
     from stagewise.run import lifecycle, lineage
     from stagewise.trainers.dpo import dpo_config, dpo_trainer_class
@@ -107,6 +106,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     # 2. tokenizer and template
     parent = lineage.read_parent(model_args.model_name_or_path)
+    lineage.check_resumed(checkpoint, load_config(model_args))
     tokenizer = load_tokenizer(model_args)
     template = loading.resolve_template(data_args, parent)
     renderer = tokenization.build_renderer(template, tokenizer)
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     # 3. data
     encoding = PreferenceOptions(
-        max_length=row_limit(model_args, dpo_args.max_length, "--max_length"),
+        max_length=row_limit(model_args, model_args.model_max_length, "--max_length"),
         max_prompt_length=dpo_args.max_prompt_length,
     )
     with args.main_process_first(desc="data"):

@@ -39,6 +39,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    parser.add_argument(
+        "--rope_scaling", choices=["linear", "dynamic", "yarn", "llama3"],
+        help="unset: as trained, from stage.json or config.json; another one is refused",
+    )  # fmt: skip
+    parser.add_argument("--model_max_length", type=int, help="tokens that --rope_scaling is to reach")
+    parser.add_argument(
+        "--force_rope_scaling", action="store_true",
+        help="use another RoPE scaling than that of training: --rope_scaling's, or without it the base model's own",
+    )  # fmt: skip
     parser.add_argument("--trust_remote_code", type=boolean, nargs="?", const=True, default=False)
     args = parser.parse_args(argv)
     if bool(args.input_file) != bool(args.output_file):
@@ -47,6 +56,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--prompt and --input_file: give one")
     if args.score and not args.input_file:
         parser.error("--score: needs --input_file, conversations that end with an answer, and --output_file")
+    if bool(args.rope_scaling) != bool(args.model_max_length):
+        parser.error("--rope_scaling and --model_max_length go together")
     return args
 
 
@@ -54,6 +65,7 @@ def load(args: argparse.Namespace):
     """(model, tokenizer, renderer) of what --model_name_or_path and --lora_model name."""
     from stagewise.data.tokenization import build_renderer
     from stagewise.modeling.generation import load_for_inference
+    from stagewise.modeling.rope_scaling import RopeRequest
     from stagewise.run.lineage import read_stage
     from stagewise.run.merging import choose_device
     from template import get_template
@@ -61,6 +73,7 @@ def load(args: argparse.Namespace):
     model, tokenizer = load_for_inference(
         args.model_name_or_path, args.lora_model, args.tokenizer_path, args.dtype, choose_device(args.device),
         args.trust_remote_code, args.score,
+        RopeRequest(args.rope_scaling, args.model_max_length, args.force_rope_scaling),
     )  # fmt: skip
     stage = read_stage(args.lora_model) or read_stage(args.model_name_or_path) or {}
     name = args.template_name or stage.get("template")

@@ -60,7 +60,10 @@ class PPOArguments:
     )
     max_prompt_length: int | None = field(
         default=None,
-        metadata={"help": "Tokens of a prompt at most: its oldest rounds are dropped; unset: 1024, or what is left."},
+        metadata={
+            "help": "Tokens of a prompt at most: its oldest rounds are dropped; unset: what is left of "
+            "--model_max_length, or 1024, or what is left of the model's positions."
+        },
     )
     max_new_tokens: int = field(default=256, metadata={"help": "Tokens of an answer at most."})
     temperature: float = field(default=0.7, metadata={"help": "Of sampling."})
@@ -141,12 +144,14 @@ def main(argv: list[str] | None = None) -> dict:
         argv=argv, prog="ppo_training.py", description=__doc__, old_spellings=PPO_SPELLINGS,
     )  # fmt: skip
     model_args, lora_args, data_args, run_args, ppo_args, args = arguments
+    if ppo_args.max_prompt_length is not None:
+        model_args = model_args.with_length(ppo_args.max_prompt_length + ppo_args.max_new_tokens)
 
     from stagewise.data import loading, tokenization
     from stagewise.data.prompts import PromptOptions, completion_suffix
     from stagewise.modeling.actor_critic import load_actor_critic, log_memory
     from stagewise.modeling.generation import sampling_config, stop_token_ids
-    from stagewise.modeling.loading import load_tokenizer, prompt_limit, reserve_padding
+    from stagewise.modeling.loading import load_config, load_tokenizer, prompt_limit, reserve_padding
     from stagewise.modeling.reward import load_scorer
     from stagewise.run import callbacks, lifecycle, lineage
     from stagewise.trainers.ppo import PPOSettings, PPOTrainer
@@ -155,9 +160,12 @@ def main(argv: list[str] | None = None) -> dict:
 
     # 2. tokenizer and template
     parent = lineage.read_parent(model_args.model_name_or_path)
+    lineage.check_resumed(checkpoint, load_config(model_args))
     tokenizer = load_tokenizer(model_args)
     template = loading.resolve_template(data_args, parent)
-    lineage.check_reward_model(ppo_args.reward_model_path, template.name if template else None)
+    lineage.check_reward_model(
+        ppo_args.reward_model_path, template.name if template else None, load_config(model_args)
+    )
     renderer = tokenization.build_renderer(template, tokenizer)
     reserve_padding(tokenizer, renderer.stop_tokens)
     tokenizer.chat_template = loading.chat_template(template, tokenizer)

@@ -19,9 +19,7 @@ class PTArguments:
 
     _extends_context = True
 
-    block_size: int | None = field(
-        default=None, metadata={"help": "Tokens of a row; unset: 1024, or what the model was made for if less."}
-    )
+    block_size: int | None = field(default=None, metadata={"help": "Tokens of a row; unset: --model_max_length."})
     packing: bool = field(
         default=True, metadata={"help": "Join documents into full blocks; off: a row for each document, padded."}
     )
@@ -52,11 +50,12 @@ def main(argv: list[str] | None = None) -> dict:
         argv=argv, prog="pretraining.py", description=__doc__,
     )  # fmt: skip
     model_args, lora_args, data_args, run_args, pt_args, args = arguments
+    model_args = model_args.with_length(pt_args.block_size)
 
     from stagewise.data import loading
     from stagewise.data.collators import CausalLMCollator
     from stagewise.modeling.attention import check_packing
-    from stagewise.modeling.loading import load_causal_lm, load_tokenizer, row_limit
+    from stagewise.modeling.loading import load_causal_lm, load_config, load_tokenizer, row_limit
     from stagewise.modeling.lora import attach_adapter
     from stagewise.modeling.s2_attention import enable_s2_attention
     from stagewise.run import lifecycle, lineage
@@ -66,10 +65,11 @@ def main(argv: list[str] | None = None) -> dict:
 
     # 2. tokenizer and template
     parent = lineage.read_parent(model_args.model_name_or_path)
+    lineage.check_resumed(checkpoint, load_config(model_args))
     tokenizer = load_tokenizer(model_args)
 
     # 3. data
-    block_size = row_limit(model_args, pt_args.block_size, "--block_size")
+    block_size = row_limit(model_args, pt_args.block_size or model_args.model_max_length, "--block_size")
     isolate = pt_args.packing and not pt_args.attend_across_documents
     with args.main_process_first(desc="data"):
         data = loading.load_documents(

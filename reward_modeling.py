@@ -13,14 +13,6 @@ from stagewise.run.exit_codes import run_script
 class RMArguments:
     """Options of reward modeling."""
 
-    max_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens of prompt and answer together at most, longer answers are cut; unset: 1024, or what the "
-            "model was made for if less.",
-            "aliases": "--model_max_length",
-        },
-    )
     max_prompt_length: int | None = field(
         default=None,
         metadata={
@@ -59,7 +51,7 @@ def main(argv: list[str] | None = None) -> dict:
     arguments = parse_arguments(
         ModelArguments, LoraArguments, DataArguments, RunArguments, RMArguments, StageTrainingArguments,
         argv=argv, prog="reward_modeling.py", description=__doc__,
-        old_spellings=[prompt_and_answer_lengths("max_prompt_length", "max_length")],
+        old_spellings=[prompt_and_answer_lengths("max_prompt_length", "model_max_length")],
     )  # fmt: skip
     model_args, lora_args, data_args, run_args, rm_args, args = arguments
 
@@ -68,6 +60,7 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.data.preferences import PreferenceOptions
     from stagewise.modeling.loading import (
         check_score_head,
+        load_config,
         load_reward_model,
         load_tokenizer,
         reserve_padding,
@@ -82,6 +75,7 @@ def main(argv: list[str] | None = None) -> dict:
     # 2. tokenizer and template
     parent = lineage.read_parent(model_args.model_name_or_path, takes_reward_model=True)
     check_score_head(model_args)
+    lineage.check_resumed(checkpoint, load_config(model_args))
     tokenizer = load_tokenizer(model_args)
     template = loading.resolve_template(data_args, parent)
     new_tokens = loading.add_template_tokens(template, tokenizer) if model_args.add_template_tokens else []
@@ -91,7 +85,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     # 3. data
     encoding = PreferenceOptions(
-        max_length=row_limit(model_args, rm_args.max_length, "--max_length"),
+        max_length=row_limit(model_args, model_args.model_max_length, "--max_length"),
         max_prompt_length=rm_args.max_prompt_length,
     )
     with args.main_process_first(desc="data"):

@@ -17,13 +17,6 @@ class SFTArguments:
 
     _extends_context = True
 
-    model_max_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens of a row at most; unset: 1024, or what the model was made for if less.",
-            "aliases": "--max_length",
-        },
-    )
     packing: bool = field(
         default=False, metadata={"help": "Several conversations in one row without padding, each attending to itself."}
     )
@@ -65,7 +58,7 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.data.collators import CausalLMCollator
     from stagewise.data.packing import pack_rows
     from stagewise.modeling.attention import check_packing
-    from stagewise.modeling.loading import load_causal_lm, load_tokenizer, row_limit
+    from stagewise.modeling.loading import load_causal_lm, load_config, load_tokenizer, row_limit
     from stagewise.modeling.lora import attach_adapter
     from stagewise.modeling.s2_attention import enable_s2_attention
     from stagewise.run import lifecycle, lineage
@@ -75,6 +68,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     # 2. tokenizer and template
     parent = lineage.read_parent(model_args.model_name_or_path)
+    lineage.check_resumed(checkpoint, load_config(model_args))
     tokenizer = load_tokenizer(model_args)
     template = loading.resolve_template(data_args, parent)
     new_tokens = loading.add_template_tokens(template, tokenizer) if model_args.add_template_tokens else []
@@ -83,7 +77,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     # 3. data
     encoding = tokenization.EncodingOptions(
-        max_length=row_limit(model_args, sft_args.model_max_length),
+        max_length=row_limit(model_args, model_args.model_max_length),
         train_on=sft_args.train_on,
         train_on_prompt=sft_args.train_on_prompt,
         on_too_long=sft_args.on_too_long,

@@ -89,6 +89,20 @@ class ModelArguments:
     shift_attn_group: int | None = _option(
         None, "Tokens of such a group, even; unset: a quarter of the batch's row length.", "attention and context"
     )
+    model_max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of a row at most, prompt and answer together; unset: 1024, or what the model was made for "
+            "if less.",
+            "aliases": "--max_length",
+            "group": "attention and context",
+        },
+    )
+    rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | None = _option(
+        None,
+        "Stretch rotary positions so that they reach --model_max_length, by ceil(that / what the model was made for).",
+        group="attention and context",
+    )
 
     def __post_init__(self) -> None:
         _require_choices(self)
@@ -112,6 +126,12 @@ class ModelArguments:
             raise InputError(
                 f"--shift_attn: found --attn_implementation {kernel}, but S2-Attn runs on sdpa; leave one of them out"
             )
+
+    def with_length(self, tokens: int | None) -> "ModelArguments":
+        """These arguments with a length that a stage's own flags ask for, where --model_max_length is not given."""
+        if tokens is None or self.model_max_length is not None:
+            return self
+        return dataclasses.replace(self, model_max_length=tokens)
 
 
 @dataclass

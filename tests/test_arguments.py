@@ -43,9 +43,6 @@ class PretrainingOptions:
 class TuningOptions:
     _argument_group_name = "tuning"
 
-    model_max_length: int | None = field(
-        default=None, metadata={"help": "Tokens of a row.", "aliases": "--max_length"}
-    )
     train_on_prompt: bool = field(default=False, metadata={"help": "Train every token."})
 
 
@@ -53,7 +50,6 @@ class TuningOptions:
 class QuantizationOptions:
     load_in_4bit: bool = field(default=False, metadata={"help": "4-bit weights.", "group": "quantization"})
     qlora: bool = field(default=False, metadata={"help": "nf4.", "group": "quantization"})
-    rope_scaling: str | None = field(default=None, metadata={"help": "RoPE.", "group": "attention and context"})
 
 
 @dataclass
@@ -66,8 +62,8 @@ def training(*flags: str) -> StageTrainingArguments:
     return parse_arguments(StageTrainingArguments, argv=["--output_dir", "out", *flags])[0]
 
 
-def tuning(*flags: str) -> tuple[TuningOptions, StageTrainingArguments]:
-    return parse_arguments(TuningOptions, StageTrainingArguments, argv=["--output_dir", "out", *flags])
+def tuning(*flags: str) -> tuple[ModelArguments, TuningOptions]:
+    return parse_arguments(ModelArguments, TuningOptions, argv=["--model_name_or_path", "base", *flags])
 
 
 def help_of(capsys: pytest.CaptureFixture, *dtypes: type) -> str:
@@ -117,7 +113,9 @@ def test_shared_flags_are_frozen():
 
 
 def test_flag_names_holds_aliases_and_no_switch_off_forms():
-    assert flag_names(TuningOptions) == ["--max_length", "--model_max_length", "--train_on_prompt"]
+    flags = flag_names(ModelArguments)
+    assert {"--max_length", "--model_max_length", "--trust_remote_code"} < set(flags)
+    assert "--no_use_fast_tokenizer" not in flags
 
 
 def test_defaults():
@@ -671,7 +669,7 @@ def test_old_spellings_of_the_ancestor(caplog):
     model, run, sft = parse_arguments(ModelArguments, RunArguments, TuningOptions, argv=flags)
     assert model.dtype == "bfloat16"
     assert (run.overwrite_output_dir, run.logging_dir) == (True, "tb")
-    assert (sft.model_max_length, sft.train_on_prompt) == (768, True)
+    assert (model.model_max_length, sft.train_on_prompt) == (768, True)
     assert [record.getMessage() for record in caplog.records] == [
         "--torch_dtype bfloat16 is an old spelling: now --dtype bfloat16",
         "--train_on_inputs True is an old spelling: now --train_on_prompt True",
@@ -794,7 +792,7 @@ def test_tuning_script_of_2023():
         *SHARED, TuningOptions, StageTrainingArguments, argv=LINES_OF_2023["tuning"].split()
     )
     assert (model.model_type, data.dataset_name, data.dataset_config_name) == ("bloom", "hub/medical", "finetune")
-    assert (data.validation_split_percentage, options.model_max_length) == (0.001, 512)
+    assert (data.validation_split_percentage, model.model_max_length) == (0.001, 512)
     assert (args.weight_decay, args.warmup_steps, args.save_total_limit) == (0.0, 0.05, 3)
 
 
@@ -803,7 +801,7 @@ def test_full_tuning_script_of_2023():
         *SHARED, TuningOptions, StageTrainingArguments, argv=[*LINES_OF_2023["full tuning"].split(), "--bf16"]
     )
     assert (model.dtype, lora.use_peft, data.template_name) == ("bfloat16", False, "chatglm3")
-    assert options.model_max_length == 2048
+    assert model.model_max_length == 2048
     assert (data.max_train_samples, data.max_eval_samples) == (-1, 50)
     assert (args.warmup_steps, args.neftune_noise_alpha, args.bf16, args.do_eval) == (10, 8.0, True, False)
 

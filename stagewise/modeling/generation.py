@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -17,6 +18,13 @@ from transformers import (
 
 from stagewise.errors import InputError
 from stagewise.modeling.loading import fit_embedding, is_reward_model, prepare_scoring
+from stagewise.modeling.rope_scaling import (
+    AS_TRAINED,
+    RopeRequest,
+    config_for_inference,
+    hold_frequencies,
+    max_positions,
+)
 
 
 @dataclass(frozen=True)
@@ -56,14 +64,17 @@ def load_for_inference(
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
     scores: bool = False,
+    rope: RopeRequest = AS_TRAINED,
 ):
     """(model, tokenizer) of a full or merged model, of base + adapter, or of an adapter folder that names its base.
 
     Args:
         scores: a reward model is wanted, which scores; otherwise a language model, which generates.
+        rope: what is asked for beside the RoPE scaling of training, which an adapter's stage.json tells.
 
     Raises:
-        InputError: nothing loadable there, the adapter does not fit, or it is a model of the other kind.
+        InputError: nothing loadable there, the adapter does not fit, or it is a model of the other kind; see
+            config_for_inference.
     """
     _check_kind(adapter_path or model_path, scores)
     if adapter_path is None and (Path(model_path) / "adapter_config.json").is_file():
@@ -72,12 +83,17 @@ def load_for_inference(
     tokenizer_path = tokenizer_path or _first_with_tokenizer(adapter_path, model_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=trust_remote_code)
-        auto_class, labels = (
-            (AutoModelForSequenceClassification, {"num_labels": 1}) if scores else (AutoModelForCausalLM, {})
-        )
-        model = auto_class.from_pretrained(model_path, dtype=dtype, trust_remote_code=trust_remote_code, **labels)
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        config = config_for_inference(config, adapter_path, rope)
+        if scores:
+            config.num_labels = 1
+        auto_class = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+        model = auto_class.from_pretrained(model_path, config=config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         raise InputError(f"--model_name_or_path {model_path}: {error}") from error
+    hold_frequencies(model)
     fit_embedding(model, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -160,7 +176,7 @@ def generate(
         InputError: a prompt leaves no room for max_new_tokens in the model's positions.
     """
     encoded = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = max_positions(model.config)
     longest = max(map(len, encoded), default=0)
     if positions and longest + sampling.max_new_tokens > positions:
         raise InputError(
@@ -195,7 +211,7 @@ def score(model: PreTrainedModel, tokenizer, texts: Sequence[str], batch_size: i
     """
     config = model.config.get_text_config()
     encoded = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = max_positions(config)
     longest = max(map(len, encoded), default=0)
     if positions and longest > positions:
         raise InputError(f"a conversation of {longest} tokens is more than the model's {positions} positions")

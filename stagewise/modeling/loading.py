@@ -22,6 +22,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from stagewise.arguments import ModelArguments
 from stagewise.errors import InputError
 from stagewise.modeling.quantization import keep_weights_unpacked
+from stagewise.modeling.rope_scaling import (
+    check_rope,
+    describe,
+    hold_frequencies,
+    max_positions,
+    rope_setting,
+    scale_rope,
+)
 from stagewise.modeling.token_loss import install_token_loss
 
 logger = logging.getLogger(__name__)
@@ -58,11 +66,13 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
+    if args.rope_scaling and args.model_max_length:  # it warns beyond, and whoever truncates by it would cut there
+        tokenizer.model_max_length = max(tokenizer.model_max_length, args.model_max_length)
     return tokenizer
 
 
 def load_config(args: ModelArguments):
-    """The model's configuration, checked against --model_type."""
+    """The model's configuration, checked against --model_type, and scaled by --rope_scaling."""
     name = args.model_name_or_path or args.config_name
     if not name:
         raise InputError("--model_name_or_path: required (or --config_name to train from scratch)")
@@ -73,7 +83,13 @@ def load_config(args: ModelArguments):
         raise InputError(
             f"--model_type {args.model_type}: {name} is of type {config.model_type}; leave the flag out or correct it"
         )
-    return config
+    if args.rope_scaling is None:
+        return config
+    if args.model_max_length is None:
+        raise InputError(
+            f"--rope_scaling {args.rope_scaling}: needs --model_max_length, the tokens that it is to reach"
+        )
+    return scale_rope(config, args.rope_scaling, args.model_max_length)
 
 
 def load_causal_lm(
@@ -94,6 +110,7 @@ def load_causal_lm(
         InputError: the model cannot be loaded, or float16 weights are to be trained.
     """
     model = _build_model(AutoModelForCausalLM, args, load_config(args), _weights_dtype(args, trains_all))
+    _settle_positions(model, args)
     fit_embedding(model, tokenizer)
     if token_loss and not install_token_loss(model, label_smoothing):
         logger.warning(
@@ -107,11 +124,21 @@ def load_reference(
 ) -> PreTrainedModel | None:
     """The frozen reference where it needs a model of its own: --ref_model_name_or_path, or, when all weights of the
     policy are trained, the policy's start once more. None where the policy without its adapter is the reference.
+
+    Raises:
+        InputError: the other model cannot be loaded, or its positions do not hold the policy's rows.
     """
     if not other and not trains_all:
         return None
     if other:
+        rows = row_limit(args, args.model_max_length)
         args = replace(args, model_name_or_path=other, config_name=None)
+        positions = max_positions(load_config(args))
+        if positions and rows > positions:
+            raise InputError(
+                f"--ref_model_name_or_path {other}: was made for {positions} positions, and rows have up to {rows} "
+                "tokens; lower --model_max_length"
+            )
     logger.info("the reference is a second model in memory: %s", args.model_name_or_path)
     return load_causal_lm(args, tokenizer, trains_all, token_loss=False).requires_grad_(False).eval()
 
@@ -137,6 +164,7 @@ def load_reward_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, 
     if not goes_on:
         logger.info("the score head is new, its weights are drawn with --seed")
     model = _build_model(AutoModelForSequenceClassification, args, config, _weights_dtype(args, trains_all))
+    _settle_positions(model, args)
     fit_embedding(model, tokenizer)
     prepare_scoring(model, tokenizer)
     return model
@@ -278,22 +306,33 @@ def _from_pretrained(auto_class, name: str, args: ModelArguments, flag: str, **k
         raise InputError(f"{flag} {name}: {error}{hint}") from error
 
 
+def _settle_positions(model: PreTrainedModel, args: ModelArguments) -> None:
+    if args.rope_scaling:
+        check_rope(model, args.rope_scaling)
+        logger.info("%s, up to %d", describe(rope_setting(model.config)), max_positions(model.config))
+    hold_frequencies(model)
+
+
 def prompt_limit(args: ModelArguments, requested: int | None, max_new_tokens: int, default: int = 1024) -> int:
-    """How many tokens a prompt may have: what was asked for, or `default`, or what an answer leaves of the positions.
+    """How many tokens a prompt may have: what was asked for, or what an answer leaves of --model_max_length, or
+    `default`, or what it leaves of the model's positions if less.
 
     Raises:
-        InputError: prompt and answer are more than the positions that the model was made for.
+        InputError: prompt and answer are more than --model_max_length, or than the positions that the model was made
+            for.
     """
-    positions = getattr(load_config(args).get_text_config(), "max_position_embeddings", None)
-    left = positions - max_new_tokens if positions else None
-    if left is not None and (left < 1 or (requested or 0) > left):
-        raise InputError(
-            f"--max_new_tokens {max_new_tokens}: with --max_prompt_length {requested or 1} it is more than the "
-            f"{positions} positions that the model was made for; ask for less"
-        )
+    limits = [(max_positions(load_config(args)), "positions that the model was made for")]
+    limits += [(args.model_max_length, "tokens of --model_max_length")]
+    for limit, what in limits:
+        if limit and max(requested or 1, 1) + max_new_tokens > limit:
+            raise InputError(
+                f"--max_new_tokens {max_new_tokens}: with --max_prompt_length {requested or 1} it is more than the "
+                f"{limit} {what}; ask for less"
+            )
     if requested is not None:
         return requested
-    return default if left is None else min(default, left)
+    left = min((limit - max_new_tokens for limit, _ in limits if limit), default=default)
+    return left if args.model_max_length else min(default, left)
 
 
 def row_limit(
@@ -304,11 +343,16 @@ def row_limit(
     Raises:
         InputError: more than the positions that the model was made for.
     """
-    positions = getattr(load_config(args).get_text_config(), "max_position_embeddings", None)
+    positions = max_positions(load_config(args))
     if requested is None:
         return min(default, positions) if positions else default
     if requested < 2:
         raise InputError(f"{flag} {requested}: expected 2 or more tokens")
     if positions and requested > positions:
-        raise InputError(f"{flag} {requested}: the model was made for {positions} positions; ask for at most as many")
+        raise InputError(
+            f"{flag} {requested}: the model was made for {positions} positions; ask for at most as many "
+            "(--rope_scaling stretches rotary ones)"
+        )
+    if args.model_max_length and requested > args.model_max_length:
+        raise InputError(f"{flag} {requested}: more than --model_max_length {args.model_max_length}")
     return requested

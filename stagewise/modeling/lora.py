@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from stagewise.arguments import LoraArguments
 from stagewise.errors import InputError
+from stagewise.modeling.rope_scaling import check_peft_path
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ def _load_adapter(model: PreTrainedModel, path: str, task_type: str):
     from peft import PeftModel
 
     check_adapter(path, task_type)
+    check_peft_path(path, model.config)
     try:
         return PeftModel.from_pretrained(model, path, is_trainable=True)
     except RuntimeError as error:  # sizes differ

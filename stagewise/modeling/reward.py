@@ -19,6 +19,7 @@ from stagewise.errors import InputError
 from stagewise.modeling.actor_critic import REWARD, ActorCritic
 from stagewise.modeling.generation import load_for_inference
 from stagewise.modeling.loading import SCORE_HEADS, is_reward_model, prepare_scoring
+from stagewise.modeling.rope_scaling import max_positions
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,13 @@ class RewardModel:
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
         rows = [s.prompt_ids + s.completion_ids + (self.suffix if s.finished else []) for s in samples]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        positions = max_positions(self.model.config)
+        longest = max(map(len, rows), default=0)
+        if positions and longest > positions:
+            raise InputError(
+                f"--reward_model_path: a prompt with its answer has {longest} tokens, and the reward model was made "
+                f"for {positions} positions; lower --max_prompt_length or --max_new_tokens"
+            )
         scores = [0.0] * len(rows)
         # the device: asked for with no adapter on, as an embedding that the policy alone has has none for the others
         pad, device = self.model.config.get_text_config().pad_token_id, self.device
@@ -189,7 +197,7 @@ def load_reward_model(path: str, actor: ActorCritic, tokenizer, suffix: Sequence
         )
     reward_tokenizer = _check_tokenizer(path, tokenizer)
     device = actor.value_head.weight.device
-    if actor.shares_base and _same_base(path, actor.base.config.name_or_path):
+    if actor.shares_base and same_base(path, actor.base.config.name_or_path):
         model = _join_base(path, actor, reward_tokenizer)
         if model is not None:
             logger.info("reward model: the adapter %s, on the policy's own base", path)
@@ -232,7 +240,8 @@ def _adapter_base(path: str) -> str:
     return json.loads(Path(path, "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
-def _same_base(path: str, policy_path: str) -> bool:
+def same_base(path: str, policy_path: str) -> bool:
+    """Whether `path` is an adapter on the model at `policy_path`."""
     if not (Path(path) / "adapter_config.json").is_file():
         return False
     base = _adapter_base(path)

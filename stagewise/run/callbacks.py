@@ -11,6 +11,7 @@ from rich.text import Text
 from transformers import Trainer, TrainerCallback
 
 from stagewise.errors import InputError
+from stagewise.run import lineage
 
 STREAM_POSITION = "stream_position.json"
 # Of a prompt in the table of sampled texts, and of the table in a file.
@@ -72,6 +73,17 @@ class SaveStreamPosition(TrainerCallback):
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             position = self.dataset.state_after(state.global_step)
             (folder / STREAM_POSITION).write_text(json.dumps(position), encoding="utf-8")
+
+
+class SaveLineage(TrainerCallback):
+    """Keeps stage.json with each checkpoint: it is resumed, merged and used as the run's own result is."""
+
+    def __init__(self, stage_fields: dict):
+        self.stage_fields = stage_fields
+
+    def on_save(self, args, state, control, **kwargs):
+        if args.should_save:
+            lineage.write_stage(Path(args.output_dir) / f"checkpoint-{state.global_step}", **self.stage_fields)
 
 
 class SaveSamples(TrainerCallback):

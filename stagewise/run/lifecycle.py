@@ -17,8 +17,9 @@ import yaml
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState, set_seed
 
 from stagewise.errors import InputError, TrainingDiverged
+from stagewise.modeling.rope_scaling import rope_setting
 from stagewise.run import lineage
-from stagewise.run.callbacks import SaveOnSignal, SaveStreamPosition, resume_stream
+from stagewise.run.callbacks import SaveLineage, SaveOnSignal, SaveStreamPosition, resume_stream
 from stagewise.run.checkpoints import checkpoint_step, find_resume_checkpoint, last_good_checkpoint
 from stagewise.run.logging import LogLine, peak_memory_gib, setup_logging
 from stagewise.run.plots import plot_curves, plot_loss, plot_scores
@@ -191,6 +192,8 @@ def train_and_save(trainer: Trainer, checkpoint: str | None, **stage_fields: obj
         SystemExit: 130 or 143, when a signal ended training; a checkpoint has been written then.
         TrainingDiverged: nothing is saved then; the message names the last checkpoint that is sound.
     """
+    stage_fields["rope"] = rope_setting(trainer.model.config)
+    trainer.add_callback(SaveLineage(stage_fields))
     if checkpoint is not None and checkpoint_step(checkpoint) >= total_steps(trainer):
         logger.info("%s is at the end of the run: nothing left to train", checkpoint)
         trainer._load_from_checkpoint(checkpoint)

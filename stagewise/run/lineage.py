@@ -6,10 +6,14 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from transformers import PretrainedConfig
+
 from stagewise.errors import InputError
 from stagewise.modeling.loading import is_reward_model
+from stagewise.modeling.reward import same_base
+from stagewise.modeling.rope_scaling import STAGE_FILE as FILE
+from stagewise.modeling.rope_scaling import describe, rope_setting, saved_setting
 
-FILE = "stage.json"
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "deepspeed", "bitsandbytes")
 
 
@@ -50,11 +54,29 @@ def read_parent(model: str | None, takes_reward_model: bool = False) -> dict | N
     return read_stage(folder)
 
 
-def check_reward_model(path: str | None, template: str | None) -> None:
-    """Refuse a reward model that was trained on another chat template than the one the policy writes.
+def check_resumed(checkpoint: str | None, config: PretrainedConfig) -> None:
+    """Refuse to go on from a checkpoint of a run with another --rope_scaling: its weights fit other positions.
 
     Raises:
-        InputError: both templates are known and differ.
+        InputError: the checkpoint says what it was trained with, and it is not what `config` has.
+    """
+    saved = saved_setting(checkpoint)
+    if saved is not None and saved["rope"] != rope_setting(config):
+        raise InputError(
+            f"--resume_from_checkpoint {checkpoint}: was trained with {describe(saved['rope'])}, and now there is "
+            f"{describe(rope_setting(config))}; pass the --rope_scaling and --model_max_length of the run"
+        )
+
+
+def check_reward_model(path: str | None, template: str | None, config: PretrainedConfig) -> None:
+    """Refuse a reward model that was trained on another chat template than the one the policy writes, or, as an
+    adapter on the policy's own base, with another RoPE scaling.
+
+    Args:
+        config: the policy's.
+
+    Raises:
+        InputError: both templates are known and differ; both settings are known and differ.
     """
     stage = read_stage(path) if path and Path(path).is_dir() else None
     trained = (stage or {}).get("template")
@@ -63,13 +85,21 @@ def check_reward_model(path: str | None, template: str | None) -> None:
             f"--reward_model_path {path}: was trained on the template {trained}, and the policy writes {template}, "
             f"which it has never seen; train a reward model on {template}, or pass --template_name {trained}"
         )
+    saved = saved_setting(path)
+    if path and saved is not None and saved["rope"] != rope_setting(config) and same_base(path, config.name_or_path):
+        raise InputError(
+            f"--reward_model_path {path}: was trained with {describe(saved['rope'])}, and the policy, on whose base "
+            f"it is, has {describe(rope_setting(config))}; give both the same --rope_scaling and --model_max_length, "
+            "or merge the reward model"
+        )
 
 
 def write_stage(folder: str | Path, **fields: object) -> dict:
     """Write stage.json: the given fields, the versions, the time.
 
     Fields of a training run: stage, base_model, parent (the base model's own stage.json or None), template, head
-    ("causal_lm", "sequence_classification"), adapter (bool), dtype, data_fingerprint.
+    ("causal_lm", "sequence_classification"), adapter (bool), dtype, data_fingerprint, rope (rope_setting of the
+    model's configuration).
     """
     stage = {
         **fields,

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from stagewise.errors import InputError
 from stagewise.modeling.loading import fit_embedding, prepare_scoring
+from stagewise.modeling.rope_scaling import config_of_adapter
 from stagewise.run import lineage
 
 logger = logging.getLogger(__name__)
@@ -96,13 +97,15 @@ def _tokenizer(path: str, trust_remote_code: bool):
 
 
 def load_base(base_model: str, lora_model: str, tokenizer, device: torch.device, trust_remote_code: bool):
-    """The base model in float32, with the head that the adapter was trained for, and the checkpoint's own dtype.
+    """The base model in float32, with the head and the RoPE scaling that the adapter was trained with, and the
+    checkpoint's own dtype.
 
     Returns:
         (model, dtype name such as "bfloat16").
 
     Raises:
-        InputError: the base cannot be loaded, or is quantized (a merge would be rounded to its few levels).
+        InputError: the base cannot be loaded, or is quantized (a merge would be rounded to its few levels), or
+            cannot be scaled as the adapter's stage.json says.
     """
     adapter_config = json.loads((Path(lora_model) / "adapter_config.json").read_text())
     scores = adapter_config.get("task_type") == "SEQ_CLS"
@@ -111,9 +114,12 @@ def load_base(base_model: str, lora_model: str, tokenizer, device: torch.device,
         config = AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
         if getattr(config, "quantization_config", None):
             raise InputError(f"--base_model {base_model}: its weights are quantized; give the model it was made from")
-        kwargs = {"num_labels": 1} if scores else {}
+        dtype = str(config.dtype or torch.float32).removeprefix("torch.")
+        config = config_of_adapter(config, lora_model)
+        if scores:
+            config.num_labels = 1
         model = auto_class.from_pretrained(
-            base_model, dtype=torch.float32, trust_remote_code=trust_remote_code, **kwargs
+            base_model, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
@@ -122,7 +128,7 @@ def load_base(base_model: str, lora_model: str, tokenizer, device: torch.device,
     fit_embedding(model, tokenizer)
     if scores:
         prepare_scoring(model, tokenizer)
-    return model.to(device).eval(), str(config.dtype or torch.float32).removeprefix("torch.")
+    return model.to(device).eval(), dtype
 
 
 def merge(model: nn.Module, lora_model: str, tokenizer, dtype: torch.dtype) -> tuple[nn.Module, list[Tensor], dict]:
