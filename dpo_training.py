@@ -99,10 +99,12 @@ def main(argv: list[str] | None = None) -> dict:
         row_limit,
     )
     from stagewise.modeling.lora import policy_adapter
+    from stagewise.modeling.quantization import plan_quantization, stage_entry
     from stagewise.run import lifecycle, lineage
     from stagewise.trainers.dpo import dpo_config, dpo_trainer_class
 
     checkpoint = lifecycle.start_run(args, run_args, packed=False)
+    quantization = plan_quantization(model_args, lora_args, args)
 
     # 2. tokenizer and template
     parent = lineage.read_parent(model_args.model_name_or_path)
@@ -124,8 +126,9 @@ def main(argv: list[str] | None = None) -> dict:
         preference_audit.print_audit(data.label_audit, data.sample, tokenizer, dpo_args.audit_rows)
 
     # 4. model
-    model = load_causal_lm(model_args, tokenizer, not lora_args.use_peft, token_loss=False)
-    reference = load_reference(model_args, tokenizer, dpo_args.ref_model_name_or_path, not lora_args.use_peft)
+    trains_all = not lora_args.use_peft
+    model = load_causal_lm(model_args, tokenizer, trains_all, token_loss=False, quantization=quantization)
+    reference = load_reference(model_args, tokenizer, dpo_args.ref_model_name_or_path, trains_all, quantization)
     model, peft_config = policy_adapter(model, lora_args)
     if run_args.dry_run:
         return lifecycle.report_dry_run(args, data.report, data.train)
@@ -160,6 +163,7 @@ def main(argv: list[str] | None = None) -> dict:
             head="causal_lm",
             adapter=lora_args.use_peft,
             dtype=str(model.dtype).removeprefix("torch."),
+            quantization=stage_entry(model),
             data_fingerprint=data.fingerprint,
         )  # fmt: skip
     if args.do_eval and data.validation is not None:

@@ -24,6 +24,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
         help="of the saved weights; auto: the base checkpoint's. The sum itself is always made in float32",
     )  # fmt: skip
+    parser.add_argument(
+        "--merge_onto", default="trained", choices=["trained", "original"],
+        help="for an adapter trained on a quantized base: trained is the values that training saw, dequantized "
+        "(exact); original the weights that were quantized (the report says what differs)",
+    )  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     parser.add_argument("--max_shard_size", default="5GB")
     parser.add_argument("--trust_remote_code", type=boolean, nargs="?", const=True, default=False)
@@ -44,13 +49,22 @@ def main(argv: list[str] | None = None) -> dict:
     tokenizer = merging.load_merge_tokenizer(
         args.tokenizer_path, args.lora_model, args.base_model, args.trust_remote_code
     )
-    model, base_dtype = merging.load_base(args.base_model, args.lora_model, tokenizer, device, args.trust_remote_code)
-    dtype = merging.named_dtype(base_dtype if args.dtype == "auto" else args.dtype)
-    merged, adapter_outputs, report = merging.merge(model, args.lora_model, tokenizer, dtype)
+    base = merging.load_base(
+        args.base_model, args.lora_model, tokenizer, device, args.trust_remote_code, args.merge_onto
+    )
+    dtype = merging.named_dtype(base.dtype if args.dtype == "auto" else args.dtype)
+    merged, adapter_outputs, report = merging.merge(base, args.lora_model, tokenizer, dtype)
     report = merging.save_merged(
         merged, tokenizer, args.output_dir, dtype, args.max_shard_size, adapter_outputs, report,
         base_model=args.base_model, lora_model=args.lora_model,
     )  # fmt: skip
+    if "base_difference" in report:
+        difference = report["base_difference"]
+        print(
+            "the adapter was trained on quantized weights and merged onto the original ones: against base + adapter "
+            f"as trained, logits differ by up to {difference['max_logit_difference']:.1e}, top-1 agreement "
+            f"{difference['top1_agreement']:.1%}"
+        )
     if args.push_to_hub:
         merging.push(args.output_dir, args.push_to_hub, args.hf_hub_token)
     print(

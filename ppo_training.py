@@ -152,11 +152,13 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.modeling.actor_critic import load_actor_critic, log_memory
     from stagewise.modeling.generation import sampling_config, stop_token_ids
     from stagewise.modeling.loading import load_config, load_tokenizer, prompt_limit, reserve_padding
+    from stagewise.modeling.quantization import plan_quantization, stage_entry
     from stagewise.modeling.reward import load_scorer
     from stagewise.run import callbacks, lifecycle, lineage
     from stagewise.trainers.ppo import PPOSettings, PPOTrainer
 
     checkpoint = lifecycle.start_run(args, run_args, packed=False)
+    quantization = plan_quantization(model_args, lora_args, args)
 
     # 2. tokenizer and template
     parent = lineage.read_parent(model_args.model_name_or_path)
@@ -182,7 +184,7 @@ def main(argv: list[str] | None = None) -> dict:
         return lifecycle.report_dry_run(args, data.report, data.train, ppo_args.num_mini_batches)
 
     # 4. model
-    model = load_actor_critic(model_args, lora_args, tokenizer, ppo_args.temperature)
+    model = load_actor_critic(model_args, lora_args, tokenizer, ppo_args.temperature, quantization)
     scorer = load_scorer(
         ppo_args.reward_model_path, ppo_args.reward_function, model, tokenizer,
         completion_suffix(renderer, tokenizer), math.ceil(ppo_args.rollout_batch_size / 4), ppo_args.value_init,
@@ -216,6 +218,7 @@ def main(argv: list[str] | None = None) -> dict:
             head="causal_lm",
             adapter=lora_args.use_peft,
             dtype=str(model.base.dtype).removeprefix("torch."),
+            quantization=stage_entry(model.base),
             data_fingerprint=data.fingerprint,
             reward=ppo_args.reward_model_path or ppo_args.reward_function,
         )  # fmt: skip

@@ -57,11 +57,13 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.modeling.attention import check_packing
     from stagewise.modeling.loading import load_causal_lm, load_config, load_tokenizer, row_limit
     from stagewise.modeling.lora import attach_adapter
+    from stagewise.modeling.quantization import plan_quantization, stage_entry
     from stagewise.modeling.s2_attention import enable_s2_attention
     from stagewise.run import lifecycle, lineage
     from stagewise.trainers.causal_lm import CausalLMTrainer
 
     checkpoint = lifecycle.start_run(args, run_args, pt_args.packing)
+    quantization = plan_quantization(model_args, lora_args, args)
 
     # 2. tokenizer and template
     parent = lineage.read_parent(model_args.model_name_or_path)
@@ -83,7 +85,9 @@ def main(argv: list[str] | None = None) -> dict:
         )
 
     # 4. model
-    model = load_causal_lm(model_args, tokenizer, not lora_args.use_peft, args.label_smoothing_factor)
+    model = load_causal_lm(
+        model_args, tokenizer, not lora_args.use_peft, args.label_smoothing_factor, quantization=quantization
+    )
     if model_args.shift_attn:
         enable_s2_attention(model, model_args.shift_attn_group)
     if isolate:
@@ -115,6 +119,7 @@ def main(argv: list[str] | None = None) -> dict:
             head="causal_lm",
             adapter=lora_args.use_peft,
             dtype=str(model.dtype).removeprefix("torch."),
+            quantization=stage_entry(model),
             data_fingerprint=data.fingerprint,
         )  # fmt: skip
     if args.do_eval and data.validation is not None:

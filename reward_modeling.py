@@ -67,10 +67,12 @@ def main(argv: list[str] | None = None) -> dict:
         row_limit,
     )
     from stagewise.modeling.lora import attach_adapter
+    from stagewise.modeling.quantization import plan_quantization, stage_entry
     from stagewise.run import lifecycle, lineage
     from stagewise.trainers.reward import PairwiseRewardTrainer
 
     checkpoint = lifecycle.start_run(args, run_args, packed=False)
+    quantization = plan_quantization(model_args, lora_args, args)
 
     # 2. tokenizer and template
     parent = lineage.read_parent(model_args.model_name_or_path, takes_reward_model=True)
@@ -96,7 +98,7 @@ def main(argv: list[str] | None = None) -> dict:
         return lifecycle.report_dry_run(args, data.report, data.train)
 
     # 4. model
-    model = load_reward_model(model_args, tokenizer, not lora_args.use_peft)
+    model = load_reward_model(model_args, tokenizer, not lora_args.use_peft, quantization)
     model = attach_adapter(model, lora_args, "SEQ_CLS", trains_new_tokens=bool(new_tokens))
 
     # 5. trainer: train, save, evaluate
@@ -123,6 +125,7 @@ def main(argv: list[str] | None = None) -> dict:
             head="sequence_classification",
             adapter=lora_args.use_peft,
             dtype=str(model.dtype).removeprefix("torch."),
+            quantization=stage_entry(model),
             data_fingerprint=data.fingerprint,
         )  # fmt: skip
     if args.do_eval and data.validation is not None:

@@ -103,6 +103,9 @@ class ModelArguments:
         "Stretch rotary positions so that they reach --model_max_length, by ceil(that / what the model was made for).",
         group="attention and context",
     )
+    load_in_4bit: bool = _option(False, "Frozen weights in 4 bits (nf4), an adapter on them.", group="quantization")
+    load_in_8bit: bool = _option(False, "Frozen weights in 8 bits (int8), an adapter on them.", group="quantization")
+    qlora: bool = _option(False, "--load_in_4bit with double quantization, as in QLoRA.", group="quantization")
 
     def __post_init__(self) -> None:
         _require_choices(self)
@@ -116,6 +119,7 @@ class ModelArguments:
                 "give one: the first starts from random weights, the second from trained ones"
             )
         self._check_shift_attn()
+        self._check_quantization()
 
     def _check_shift_attn(self) -> None:
         group, kernel = self.shift_attn_group, self.attn_implementation
@@ -125,6 +129,17 @@ class ModelArguments:
         if self.shift_attn and kernel not in (None, "sdpa"):
             raise InputError(
                 f"--shift_attn: found --attn_implementation {kernel}, but S2-Attn runs on sdpa; leave one of them out"
+            )
+
+    def _check_quantization(self) -> None:
+        four = "qlora" if self.qlora else "load_in_4bit"
+        if self.load_in_8bit and getattr(self, four):
+            raise InputError(f"--load_in_8bit: found beside --{four}, which asks for 4 bits; give one of the two")
+        flag = "load_in_8bit" if self.load_in_8bit else four
+        if getattr(self, flag) and not self.model_name_or_path:
+            raise InputError(
+                f"--{flag}: there is nothing to quantize in random weights; give --model_name_or_path in place of "
+                "--config_name"
             )
 
     def with_length(self, tokens: int | None) -> "ModelArguments":

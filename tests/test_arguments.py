@@ -47,12 +47,6 @@ class TuningOptions:
 
 
 @dataclass
-class QuantizationOptions:
-    load_in_4bit: bool = field(default=False, metadata={"help": "4-bit weights.", "group": "quantization"})
-    qlora: bool = field(default=False, metadata={"help": "nf4.", "group": "quantization"})
-
-
-@dataclass
 class RequiredOption:
     reward_model_path: str = field(metadata={"help": "The reward model."})
     loss_weights: list[float] | None = field(default=None, metadata={"help": "One for each loss."})
@@ -829,7 +823,7 @@ def test_full_tuning_script_of_2023():
     ],
 )
 def test_flags_of_the_familys_manual(flags, found):
-    made = parse_arguments(*SHARED, QuantizationOptions, StageTrainingArguments, argv=[*NEEDED, *flags.split()])
+    made = parse_arguments(*SHARED, StageTrainingArguments, argv=[*NEEDED, *flags.split()])
     values = {name: value for instance in made for name, value in vars(instance).items()}
     assert {name: values[name] for name in found} == found
 
@@ -838,7 +832,7 @@ def test_flags_of_the_familys_manual(flags, found):
 
 
 def test_help_is_grouped_by_subject(capsys):
-    text = help_of(capsys, *SHARED, QuantizationOptions, PretrainingOptions, TuningOptions, StageTrainingArguments)
+    text = help_of(capsys, *SHARED, PretrainingOptions, TuningOptions, StageTrainingArguments)
     headings = [line[:-1] for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert headings == [
         *("options", "model", "data", "adapter", "quantization", "attention and context", "run"),
@@ -867,7 +861,7 @@ def test_help_is_grouped_by_subject(capsys):
     ],
 )
 def test_where_a_flag_stands(group, flags, capsys):
-    text = help_of(capsys, *SHARED, QuantizationOptions, StageTrainingArguments)
+    text = help_of(capsys, *SHARED, StageTrainingArguments)
     section = text.split(f"\n{group}:\n")[1].split("\n\n")[0]
     assert [flag for flag in flags if f"  {flag} " not in section] == []
 

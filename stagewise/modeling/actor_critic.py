@@ -22,6 +22,7 @@ from stagewise.errors import InputError
 from stagewise.losses.logprobs import token_logprobs
 from stagewise.modeling.loading import load_causal_lm
 from stagewise.modeling.lora import attach_adapter
+from stagewise.modeling.quantization import Quantization
 from stagewise.modeling.token_loss import hidden_states_reproduce_logits, last_hidden_state, logit_transform
 
 logger = logging.getLogger(__name__)
@@ -383,13 +384,19 @@ def _scatter(values: Tensor, mask: Tensor) -> Tensor:
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
-def load_actor_critic(args: ModelArguments, lora_args: LoraArguments, tokenizer, temperature: float) -> ActorCritic:
+def load_actor_critic(
+    args: ModelArguments,
+    lora_args: LoraArguments,
+    tokenizer,
+    temperature: float,
+    quantization: Quantization | None = None,
+) -> ActorCritic:
     """Policy, value model and reference: adapters on one base, or, with --use_peft False, three models.
 
     Raises:
         InputError: as load_causal_lm and attach_adapter.
     """
-    policy = load_causal_lm(args, tokenizer, not lora_args.use_peft, token_loss=False)
+    policy = load_causal_lm(args, tokenizer, not lora_args.use_peft, token_loss=False, quantization=quantization)
     if lora_args.use_peft:
         policy = attach_adapter(policy, lora_args)
         return ActorCritic(policy, keeps_adapter=bool(lora_args.peft_path), temperature=temperature)

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from stagewise.errors import InputError
+from stagewise.modeling.quantization import multiplied_in
 
 # Largest |difference| of logits over the largest |logit|: rounding of the data type, far below any leak.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -44,7 +45,7 @@ def check_packing(model: PreTrainedModel, documents: Sequence[Sequence[int]], ma
     finally:
         model.train(was_training)
     difference = ((packed.float() - alone).abs().max() / alone.abs().max().clamp(min=1e-6)).item()
-    if difference > TOLERANCE.get(model.dtype, 5e-2):
+    if difference > max(TOLERANCE.get(dtype, 5e-2) for dtype in (model.dtype, multiplied_in(model))):
         raise InputError(
             f"--packing: {type(model).__name__} does not keep packed documents apart (logits differ by "
             f"{difference:.1%}); use --packing False"

@@ -18,6 +18,7 @@ from transformers import (
 
 from stagewise.errors import InputError
 from stagewise.modeling.loading import fit_embedding, is_reward_model, prepare_scoring
+from stagewise.modeling.quantization import is_quantized, load_trained_base
 from stagewise.modeling.rope_scaling import (
     AS_TRAINED,
     RopeRequest,
@@ -68,6 +69,9 @@ def load_for_inference(
 ):
     """(model, tokenizer) of a full or merged model, of base + adapter, or of an adapter folder that names its base.
 
+    An adapter that was trained on a quantized base gets that base, quantized as its stage.json says: on any other
+    weights it would answer differently.
+
     Args:
         scores: a reward model is wanted, which scores; otherwise a language model, which generates.
         rope: what is asked for beside the RoPE scaling of training, which an adapter's stage.json tells.
@@ -88,10 +92,12 @@ def load_for_inference(
         if scores:
             config.num_labels = 1
         auto_class = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-        model = auto_class.from_pretrained(model_path, config=config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except InputError:
-        raise
+        model = load_trained_base(
+            auto_class, model_path, config, adapter_path, dtype, torch.device(device), trust_remote_code
+        )
     except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"--model_name_or_path {model_path}: {error}") from error
     hold_frequencies(model)
     fit_embedding(model, tokenizer)
@@ -107,7 +113,9 @@ def load_for_inference(
         except (OSError, RuntimeError, ValueError) as error:
             raise InputError(f"--lora_model {adapter_path}: does not fit {model_path}: {error}") from error
     tokenizer.padding_side = "left"
-    return model.to(device).eval(), tokenizer
+    if not is_quantized(model):  # those are made where they belong, and moving spoils 8-bit ones
+        model = model.to(device)
+    return model.eval(), tokenizer
 
 
 def _check_kind(path: str, scores: bool) -> None:

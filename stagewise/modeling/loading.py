@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from stagewise.arguments import ModelArguments
 from stagewise.errors import InputError
-from stagewise.modeling.quantization import keep_weights_unpacked
+from stagewise.modeling.quantization import Quantization, loading_options, settle_quantized
 from stagewise.modeling.rope_scaling import (
     check_rope,
     describe,
@@ -98,6 +98,7 @@ def load_causal_lm(
     trains_all: bool,
     label_smoothing: float = 0.0,
     token_loss: bool = True,
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel:
     """The model to train: an embedding that holds the vocabulary, a loss that never holds all logits (token_loss;
     off for trainers with a loss of their own).
@@ -106,10 +107,13 @@ def load_causal_lm(
     parameter is trained, because an optimizer step of 1e-5 is lost in bf16's eight bits (--bf16 then multiplies in
     bf16 all the same). Without --model_name_or_path the weights are random, from --config_name.
 
+    quantization: as plan_quantization found it.
+
     Raises:
         InputError: the model cannot be loaded, or float16 weights are to be trained.
     """
-    model = _build_model(AutoModelForCausalLM, args, load_config(args), _weights_dtype(args, trains_all))
+    dtype = _weights_dtype(args, trains_all)
+    model = _build_model(AutoModelForCausalLM, args, load_config(args), dtype, quantization)
     _settle_positions(model, args)
     fit_embedding(model, tokenizer)
     if token_loss and not install_token_loss(model, label_smoothing):
@@ -120,7 +124,11 @@ def load_causal_lm(
 
 
 def load_reference(
-    args: ModelArguments, tokenizer: PreTrainedTokenizerBase, other: str | None, trains_all: bool
+    args: ModelArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    other: str | None,
+    trains_all: bool,
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel | None:
     """The frozen reference where it needs a model of its own: --ref_model_name_or_path, or, when all weights of the
     policy are trained, the policy's start once more. None where the policy without its adapter is the reference.
@@ -140,14 +148,20 @@ def load_reference(
                 "tokens; lower --model_max_length"
             )
     logger.info("the reference is a second model in memory: %s", args.model_name_or_path)
-    return load_causal_lm(args, tokenizer, trains_all, token_loss=False).requires_grad_(False).eval()
+    reference = load_causal_lm(args, tokenizer, trains_all, token_loss=False, quantization=quantization)
+    return reference.requires_grad_(False).eval()
 
 
-def load_reward_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, trains_all: bool) -> PreTrainedModel:
+def load_reward_model(
+    args: ModelArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    trains_all: bool,
+    quantization: Quantization | None = None,
+) -> PreTrainedModel:
     """The model to train with one score for a row, read at its last token that is no padding.
 
     The head is new (drawn with the run's seed) unless the model is a reward model already. It is always in float32,
-    because it is always trained; for the other weights see load_causal_lm.
+    because it is always trained, and never quantized; for the other weights see load_causal_lm.
 
     Raises:
         InputError: the architecture has no such head (see check_score_head), or the model cannot be loaded.
@@ -163,7 +177,8 @@ def load_reward_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, 
     config.num_labels = 1
     if not goes_on:
         logger.info("the score head is new, its weights are drawn with --seed")
-    model = _build_model(AutoModelForSequenceClassification, args, config, _weights_dtype(args, trains_all))
+    dtype = _weights_dtype(args, trains_all)
+    model = _build_model(AutoModelForSequenceClassification, args, config, dtype, quantization)
     _settle_positions(model, args)
     fit_embedding(model, tokenizer)
     prepare_scoring(model, tokenizer)
@@ -251,10 +266,14 @@ def _weights_dtype(args: ModelArguments, trains_all: bool):
     return torch.float32 if trains_all and dtype == "auto" else dtype
 
 
-def _build_model(auto_class, args: ModelArguments, config, dtype) -> PreTrainedModel:
+def _build_model(
+    auto_class, args: ModelArguments, config, dtype, quantization: Quantization | None
+) -> PreTrainedModel:
     attention = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
     if not args.model_name_or_path:
         return auto_class.from_config(config, dtype=torch.float32 if dtype == "auto" else dtype, **attention)
+    device_map = _device_map(args.device_map)
+    quantized = loading_options(config, quantization, device_map)
     model = _from_pretrained(
         auto_class,
         args.model_name_or_path,
@@ -262,10 +281,10 @@ def _build_model(auto_class, args: ModelArguments, config, dtype) -> PreTrainedM
         flag="--model_name_or_path",
         config=config,
         dtype=dtype,
-        device_map=_device_map(args.device_map),
+        **{"device_map": device_map, **quantized},
         **attention,
     )
-    keep_weights_unpacked(model)
+    settle_quantized(model, quantization.compute_dtype if quantization else None)
     return model
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from stagewise.arguments import LoraArguments
 from stagewise.errors import InputError
+from stagewise.modeling.quantization import TrainedBase, quantization_of, quantized_inside
 from stagewise.modeling.rope_scaling import check_peft_path
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,9 @@ def _load_adapter(model: PreTrainedModel, path: str, task_type: str):
 
     check_adapter(path, task_type)
     check_peft_path(path, model.config)
+    trained, here = TrainedBase.of(path), quantization_of(model)
+    if trained.differs_from(here):
+        logger.warning("%s was trained on %s, and goes on with %s", path, trained, here or "no quantization")
     try:
         return PeftModel.from_pretrained(model, path, is_trainable=True)
     except RuntimeError as error:  # sizes differ
@@ -131,6 +135,12 @@ def modules_to_save(model: nn.Module, spec: str | None) -> list[str] | None:
         return None
     names = [name.strip() for name in spec.split(",") if name.strip()]
     _require_modules(model, names, "--modules_to_save", linear_only=False)
+    for path, module in model.named_modules():
+        if any(path == name or path.endswith("." + name) for name in names) and quantized_inside(module):
+            raise InputError(
+                f"--modules_to_save {spec}: {path} has quantized weights, which cannot be trained; leave it out (an "
+                "adapter is on every linear layer with --target_modules all), or use no quantization"
+            )
     return names
 
 

@@ -19,6 +19,7 @@ from stagewise.errors import InputError
 from stagewise.modeling.actor_critic import REWARD, ActorCritic
 from stagewise.modeling.generation import load_for_inference
 from stagewise.modeling.loading import SCORE_HEADS, is_reward_model, prepare_scoring
+from stagewise.modeling.quantization import TrainedBase, quantization_of
 from stagewise.modeling.rope_scaling import max_positions
 
 logger = logging.getLogger(__name__)
@@ -197,7 +198,8 @@ def load_reward_model(path: str, actor: ActorCritic, tokenizer, suffix: Sequence
         )
     reward_tokenizer = _check_tokenizer(path, tokenizer)
     device = actor.value_head.weight.device
-    if actor.shares_base and same_base(path, actor.base.config.name_or_path):
+    own_path = actor.base.config.name_or_path
+    if actor.shares_base and same_base(path, own_path) and _same_weights(path, actor.base):
         model = _join_base(path, actor, reward_tokenizer)
         if model is not None:
             logger.info("reward model: the adapter %s, on the policy's own base", path)
@@ -241,11 +243,20 @@ def _adapter_base(path: str) -> str:
 
 
 def same_base(path: str, policy_path: str) -> bool:
-    """Whether `path` is an adapter on the model at `policy_path`."""
+    """Whether `path` is an adapter that was trained on the checkpoint at `policy_path`."""
     if not (Path(path) / "adapter_config.json").is_file():
         return False
     base = _adapter_base(path)
     return base == policy_path or (Path(base).exists() and Path(base).resolve() == Path(policy_path).resolve())
+
+
+def _same_weights(path: str, policy: PreTrainedModel) -> bool:
+    """Whether the adapter at `path` was trained on weights that are quantized as the policy's are."""
+    trained, here = TrainedBase.of(path), quantization_of(policy)
+    if trained.differs_from(here):
+        logger.info("reward model: was trained on %s, the policy has %s", trained, here or "no quantization")
+        return False
+    return True
 
 
 def _join_base(path: str, actor: ActorCritic, tokenizer) -> PreTrainedModel | None:
@@ -282,7 +293,8 @@ def _join_base(path: str, actor: ActorCritic, tokenizer) -> PreTrainedModel | No
     setattr(model, prefix, ours)
     head_layer = getattr(model, head_name).to_empty(device="cpu")
     head_layer.load_state_dict(head_weights)
-    head_layer.to(ours.get_input_embeddings().weight.dtype).requires_grad_(False)
+    embedding = ours.get_input_embeddings().weight
+    head_layer.to(embedding.device, embedding.dtype).requires_grad_(False)
     prepare_scoring(model, tokenizer)
     head_layer.load_state_dict(head_weights)  # exactly: prepare_scoring has made it float32 again
     return model.eval()

@@ -17,6 +17,7 @@ import yaml
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState, set_seed
 
 from stagewise.errors import InputError, TrainingDiverged
+from stagewise.modeling.quantization import Quantization
 from stagewise.modeling.rope_scaling import rope_setting
 from stagewise.run import lineage
 from stagewise.run.callbacks import SaveLineage, SaveOnSignal, SaveStreamPosition, resume_stream
@@ -269,6 +270,8 @@ def model_card(stage: dict, arguments: Sequence[object], data_report: dict, metr
     """A README.md for the trained weights: command, data, figures, versions."""
     resolved = resolved_arguments(arguments)
     command = " ".join(f"--{key} {value}" for key, value in resolved.items())
+    entry = stage.get("quantization")
+    precision = f" in {Quantization(**entry)}" if entry else ""
     figures = "\n".join(
         f"| {key} | {value:.6g} |" for key, value in sorted(metrics.items()) if isinstance(value, (int, float))
     )
@@ -281,7 +284,7 @@ tags: [stagewise, {stage.get("stage")}]
 # {Path(str(resolved.get("output_dir", "model"))).name}
 
 Stage `{stage.get("stage")}`, {"an adapter for" if stage.get("adapter") else "all weights, from"} \
-`{stage.get("base_model")}`; chat template `{stage.get("template")}`.
+`{stage.get("base_model")}`{precision}; chat template `{stage.get("template")}`.
 
 ## Command
 

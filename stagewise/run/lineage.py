@@ -98,8 +98,8 @@ def write_stage(folder: str | Path, **fields: object) -> dict:
     """Write stage.json: the given fields, the versions, the time.
 
     Fields of a training run: stage, base_model, parent (the base model's own stage.json or None), template, head
-    ("causal_lm", "sequence_classification"), adapter (bool), dtype, data_fingerprint, rope (rope_setting of the
-    model's configuration).
+    ("causal_lm", "sequence_classification"), adapter (bool), dtype, quantization (of the base, or None: see
+    stagewise.modeling.quantization), data_fingerprint, rope (rope_setting of the model's configuration).
     """
     stage = {
         **fields,

@@ -5,14 +5,30 @@ import logging
 import os
 import shutil
 import tempfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from stagewise.errors import InputError
 from stagewise.modeling.loading import fit_embedding, prepare_scoring
+from stagewise.modeling.quantization import (
+    Quantization,
+    TrainedBase,
+    dequantize,
+    is_quantized,
+    load_trained_base,
+    quantization_of,
+)
 from stagewise.modeling.rope_scaling import config_of_adapter
 from stagewise.run import lineage
 
@@ -96,73 +112,148 @@ def _tokenizer(path: str, trust_remote_code: bool):
         raise InputError(f"no tokenizer can be loaded from {path}: {error}") from error
 
 
-def load_base(base_model: str, lora_model: str, tokenizer, device: torch.device, trust_remote_code: bool):
-    """The base model in float32, with the head and the RoPE scaling that the adapter was trained with, and the
-    checkpoint's own dtype.
+@dataclass
+class MergeBase:
+    """What an adapter is merged into.
 
-    Returns:
-        (model, dtype name such as "bfloat16").
+    model: in float32, nothing of it quantized, with the head that the adapter was trained for.
+    dtype: name of the checkpoint's own data type.
+    quantization: of the base that the adapter was trained on; None where that was not quantized.
+    trained_outputs: outputs of that quantized base with the adapter on it, for the proof's prompts.
+    onto: "trained" (the values that training saw) or "original" (those that were quantized).
+    """
+
+    model: PreTrainedModel
+    dtype: str
+    quantization: Quantization | None = None
+    trained_outputs: list[Tensor] | None = None
+    onto: str = "trained"
+
+
+def load_base(
+    base_model: str,
+    lora_model: str,
+    tokenizer,
+    device: torch.device,
+    trust_remote_code: bool,
+    onto: str = "trained",
+) -> MergeBase:
+    """The base model in float32, with the RoPE scaling that the adapter was trained with.
+
+    Where the adapter was trained on a quantized base, that base is made again, with the adapter on it gives the
+    outputs that the merged model must have, and is then dequantized: the very values that training saw. With `onto`
+    "original" it gives way to the checkpoint's own values.
 
     Raises:
-        InputError: the base cannot be loaded, or is quantized (a merge would be rounded to its few levels), or
-            cannot be scaled as the adapter's stage.json says.
+        InputError: the base cannot be loaded, is not what the adapter was trained on, cannot be scaled as the
+            adapter's stage.json says, or is saved quantized, so that there are no original values.
     """
     adapter_config = json.loads((Path(lora_model) / "adapter_config.json").read_text())
     scores = adapter_config.get("task_type") == "SEQ_CLS"
     auto_class = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+
+    def load(config: PretrainedConfig, adapter: str | None) -> PreTrainedModel:
+        model = load_trained_base(auto_class, base_model, config, adapter, "float32", device, trust_remote_code)
+        fit_embedding(model, tokenizer)
+        if scores:
+            prepare_scoring(model, tokenizer)
+        return (model if is_quantized(model) else model.to(device)).eval()
+
     try:
         config = AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
-        if getattr(config, "quantization_config", None):
-            raise InputError(f"--base_model {base_model}: its weights are quantized; give the model it was made from")
-        dtype = str(config.dtype or torch.float32).removeprefix("torch.")
+        config = AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
         config = config_of_adapter(config, lora_model)
         if scores:
             config.num_labels = 1
-        model = auto_class.from_pretrained(
-            base_model, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
+        _check_saved(base_model, getattr(config, "quantization_config", None), onto)
+        dtype = str(config.dtype or torch.float32).removeprefix("torch.")
+        model = load(config, lora_model)
+        if not is_quantized(model):
+            return MergeBase(model, dtype, onto=onto)
+        quantization = TrainedBase.of(lora_model).quantization or quantization_of(model)
+        logger.info("the adapter was trained on %s weights: %s", quantization, _WHICH[onto])
+        peft_model = _with_adapter(model, lora_model)
+        trained_outputs = outputs_of(peft_model, prompt_ids(tokenizer))
+        model = dequantize(peft_model.unload()) if onto == "trained" else load(config, None)
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"--base_model {base_model}: {error}") from error
-    fit_embedding(model, tokenizer)
-    if scores:
-        prepare_scoring(model, tokenizer)
-    return model.to(device).eval(), dtype
+    return MergeBase(model, dtype, quantization, trained_outputs, onto)
 
 
-def merge(model: nn.Module, lora_model: str, tokenizer, dtype: torch.dtype) -> tuple[nn.Module, list[Tensor], dict]:
+_WHICH = {
+    "trained": "it is merged onto the values that these stand for",
+    "original": "it is merged onto the weights that these were made from",
+}
+
+
+def _check_saved(base_model: str, saved: dict | None, onto: str) -> None:
+    """Refuse a base that is saved quantized where its values cannot be had, or are not what is asked for."""
+    if saved and Quantization.of_config(saved) is None:
+        raise InputError(
+            f"--base_model {base_model}: its weights are quantized by {saved.get('quant_method')}; give the model it "
+            "was made from"
+        )
+    if saved and onto == "original":
+        raise InputError(
+            f"--merge_onto original: {base_model} is saved quantized; give the model it was made from as --base_model"
+        )
+
+
+def _with_adapter(model: PreTrainedModel, lora_model: str):
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, lora_model).eval()
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"--lora_model {lora_model}: does not fit the base model: {error}") from error
+
+
+def merge(base: MergeBase, lora_model: str, tokenizer, dtype: torch.dtype) -> tuple[nn.Module, list[Tensor], dict]:
     """Add the adapter's update to the weights in float32, and compare with base + adapter.
 
     Args:
-        model: the base in float32.
         dtype: what the weights will be saved in; update_lost is the rms of that cast's rounding error over the rms of
             the adapter's update, over all adapted weights.
 
     Returns:
         The merged model (no adapter left in it), the outputs of base + adapter, and the first half of the report:
         max_logit_difference, mean_logit_difference, top1_agreement, adapter_effect (the largest change of a logit that
-        the adapter makes) and update_lost.
+        the adapter makes) and update_lost; merged_onto and quantization, as in MergeBase; and for weights that were
+        not trained on base_difference, the same three figures against the base that was.
+
+        Base + adapter are as they were trained, quantized or not, unless the adapter is merged onto original weights.
 
     Raises:
         InputError: the adapter does not fit the base, changes nothing, or the sum is not base + adapter.
     """
-    from peft import PeftModel
-
     ids = prompt_ids(tokenizer)
-    base_outputs = outputs_of(model, ids)
-    try:
-        peft_model = PeftModel.from_pretrained(model, lora_model).eval()
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"--lora_model {lora_model}: does not fit the base model: {error}") from error
+    base_outputs = outputs_of(base.model, ids)
+    peft_model = _with_adapter(base.model, lora_model)
     adapter_outputs = outputs_of(peft_model, ids)
     effect = max((a - b).abs().max().item() for a, b in zip(adapter_outputs, base_outputs, strict=True))
     if effect == 0:
         raise InputError(f"--lora_model {lora_model}: the adapter changes nothing; was it trained at all?")
     lost = merge_layers(peft_model, dtype)
     merged = peft_model.unload()
-    report = {**compare(outputs_of(merged, ids), adapter_outputs), "adapter_effect": effect, "update_lost": lost}
-    if report["top1_agreement"] < MIN_MERGED_AGREEMENT:
+    outputs = outputs_of(merged, ids)
+    min_agreement, report = MIN_MERGED_AGREEMENT, {}
+    if base.trained_outputs and base.onto == "original":
+        report["base_difference"] = compare(outputs, base.trained_outputs)
+    elif base.trained_outputs:
+        adapter_outputs = base.trained_outputs
+        if base.quantization and base.quantization.bits == 8:
+            min_agreement = MIN_SAVED_AGREEMENT  # in use 8-bit layers round their inputs as well
+    report = {
+        **compare(outputs, adapter_outputs),
+        "adapter_effect": effect,
+        "update_lost": lost,
+        "merged_onto": base.onto,
+        "quantization": asdict(base.quantization) if base.quantization else None,
+        **report,
+    }
+    if report["top1_agreement"] < min_agreement:
         raise InputError(
             f"the merge is not base + adapter: their first choices agree in {report['top1_agreement']:.1%} of the "
             f"positions, logits differ by up to {report['max_logit_difference']:.2g}"
@@ -234,7 +325,8 @@ def save_merged(
             )
         stage = lineage.read_stage(lora_model) or {"base_model": base_model}
         known = {key: value for key, value in stage.items() if key not in ("versions", "created")}
-        lineage.write_stage(folder, **{**known, "adapter": False, "merged_from": lora_model, "dtype": report["dtype"]})
+        changed = {"adapter": False, "merged_from": lora_model, "dtype": report["dtype"], "quantization": None}
+        lineage.write_stage(folder, **{**known, **changed})
         (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
         if output.exists():
             shutil.rmtree(output)

@@ -3,11 +3,15 @@
 import dataclasses
 import math
 import os
+import re
+from collections.abc import Iterator
 from typing import Any
 
+from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from stagewise.errors import InputError
+from stagewise.modeling.quantization import is_quantized
 from stagewise.trainers.stage import StageTrainerMixin
 
 # The loss of a policy that equals its reference; rounding of the two forward passes apart.
@@ -49,7 +53,9 @@ def dpo_trainer_class() -> type:
 
     class PreferenceTrainer(StageTrainerMixin, DPOTrainer):
         def __init__(self, *args, reference_free: bool = False, starts_at_reference: bool = True, **kwargs):
+            given = {name: parameter.detach().clone() for name, parameter in _trained_on_quantized(kwargs["model"])}
             super().__init__(*args, **kwargs)
+            _restore_float32(self.model, given)
             self.reference_free = reference_free
             if reference_free:
                 self.precompute_ref_logps = True  # taken from the batch, where they are 0
@@ -74,6 +80,28 @@ def dpo_trainer_class() -> type:
             return result
 
     return PreferenceTrainer
+
+
+def _trained_on_quantized(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """What an adapter on a quantized base trains; nothing of any other model."""
+    parameters = model.named_parameters() if hasattr(model, "peft_config") and is_quantized(model) else ()
+    return ((name, parameter) for name, parameter in parameters if parameter.requires_grad)
+
+
+def _restore_float32(model: nn.Module, given: dict[str, Tensor]) -> None:
+    """trl rounds what is trained on a quantized base to bfloat16, whose eight bits lose most steps of an optimizer.
+
+    Args:
+        given: the values of an adapter that was there before. Of a fresh one, copies of modules (modules_to_save) have
+            their original, and the random start of the rest may stay rounded.
+    """
+    parameters = dict(model.named_parameters())
+    for name, parameter in _trained_on_quantized(model):
+        original = re.sub(r"\.modules_to_save\.\w+\.", ".original_module.", name)
+        if name in given or original != name:
+            parameter.data = given.get(name, parameters[original].detach()).clone()
+        else:
+            parameter.data = parameter.data.float()
 
 
 def _require_ln2(loss: float, args: TrainingArguments) -> None:
