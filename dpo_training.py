@@ -101,6 +101,7 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.modeling.lora import policy_adapter
     from stagewise.modeling.quantization import plan_quantization, stage_entry
     from stagewise.run import lifecycle, lineage
+    from stagewise.run.memory import plan_memory
     from stagewise.trainers.dpo import dpo_config, dpo_trainer_class
 
     checkpoint = lifecycle.start_run(args, run_args, packed=False)
@@ -127,11 +128,12 @@ def main(argv: list[str] | None = None) -> dict:
 
     # 4. model
     trains_all = not lora_args.use_peft
+    memory = plan_memory("dpo", arguments, tokenizer, data.train, encoding.max_length)
     model = load_causal_lm(model_args, tokenizer, trains_all, token_loss=False, quantization=quantization)
     reference = load_reference(model_args, tokenizer, dpo_args.ref_model_name_or_path, trains_all, quantization)
     model, peft_config = policy_adapter(model, lora_args)
     if run_args.dry_run:
-        return lifecycle.report_dry_run(args, data.report, data.train)
+        return lifecycle.report_dry_run(args, data.report, data.train, memory)
 
     # 5. trainer: train, save, evaluate
     trainer = lifecycle.build_trainer(
@@ -155,7 +157,7 @@ def main(argv: list[str] | None = None) -> dict:
     metrics: dict = {}
     if args.do_train:
         metrics |= lifecycle.train_and_save(
-            trainer, checkpoint,
+            trainer, checkpoint, memory,
             stage="dpo",
             base_model=model_args.model_name_or_path or model_args.config_name,
             parent=parent,

@@ -155,6 +155,7 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.modeling.quantization import plan_quantization, stage_entry
     from stagewise.modeling.reward import load_scorer
     from stagewise.run import callbacks, lifecycle, lineage
+    from stagewise.run.memory import plan_memory
     from stagewise.trainers.ppo import PPOSettings, PPOTrainer
 
     checkpoint = lifecycle.start_run(args, run_args, packed=False)
@@ -180,8 +181,9 @@ def main(argv: list[str] | None = None) -> dict:
     limit = prompt_limit(model_args, ppo_args.max_prompt_length, ppo_args.max_new_tokens)
     with args.main_process_first(desc="data"):
         data = loading.load_prompts(data_args, renderer, tokenizer, PromptOptions(limit), args)
+    memory = plan_memory("ppo", (model_args, *arguments[1:]), tokenizer, data.train, limit)
     if run_args.dry_run:
-        return lifecycle.report_dry_run(args, data.report, data.train, ppo_args.num_mini_batches)
+        return lifecycle.report_dry_run(args, data.report, data.train, memory, ppo_args.num_mini_batches)
 
     # 4. model
     model = load_actor_critic(model_args, lora_args, tokenizer, ppo_args.temperature, quantization)
@@ -210,7 +212,7 @@ def main(argv: list[str] | None = None) -> dict:
     metrics: dict = {}
     if args.do_train:
         metrics |= lifecycle.train_and_save(
-            trainer, checkpoint,
+            trainer, checkpoint, memory,
             stage="ppo",
             base_model=model_args.model_name_or_path or model_args.config_name,
             parent=parent,

@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.modeling.quantization import plan_quantization, stage_entry
     from stagewise.modeling.s2_attention import enable_s2_attention
     from stagewise.run import lifecycle, lineage
+    from stagewise.run.memory import plan_memory
     from stagewise.trainers.causal_lm import CausalLMTrainer
 
     checkpoint = lifecycle.start_run(args, run_args, pt_args.packing)
@@ -85,6 +86,7 @@ def main(argv: list[str] | None = None) -> dict:
         )
 
     # 4. model
+    memory = plan_memory("pt", (model_args, *arguments[1:]), tokenizer, data.train, block_size)
     model = load_causal_lm(
         model_args, tokenizer, not lora_args.use_peft, args.label_smoothing_factor, quantization=quantization
     )
@@ -94,7 +96,7 @@ def main(argv: list[str] | None = None) -> dict:
         check_packing(model, loading.first_documents(data.sample))
     model = attach_adapter(model, lora_args)
     if run_args.dry_run:
-        return lifecycle.report_dry_run(args, data.report, data.train)
+        return lifecycle.report_dry_run(args, data.report, data.train, memory)
 
     # 5. trainer: train, save, evaluate
     trainer = lifecycle.build_trainer(
@@ -111,7 +113,7 @@ def main(argv: list[str] | None = None) -> dict:
     metrics: dict = {}
     if args.do_train:
         metrics |= lifecycle.train_and_save(
-            trainer, checkpoint,
+            trainer, checkpoint, memory,
             stage="pt",
             base_model=model_args.model_name_or_path or model_args.config_name,
             parent=parent,

@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.modeling.lora import attach_adapter
     from stagewise.modeling.quantization import plan_quantization, stage_entry
     from stagewise.run import lifecycle, lineage
+    from stagewise.run.memory import plan_memory
     from stagewise.trainers.reward import PairwiseRewardTrainer
 
     checkpoint = lifecycle.start_run(args, run_args, packed=False)
@@ -94,8 +95,9 @@ def main(argv: list[str] | None = None) -> dict:
         data = loading.load_preferences(data_args, renderer, tokenizer, encoding, args)
     if args.should_log:
         preference_audit.print_audit(data.label_audit, data.sample, tokenizer, rm_args.audit_rows)
+    memory = plan_memory("rm", arguments, tokenizer, data.train, encoding.max_length, bool(new_tokens))
     if run_args.dry_run:
-        return lifecycle.report_dry_run(args, data.report, data.train)
+        return lifecycle.report_dry_run(args, data.report, data.train, memory)
 
     # 4. model
     model = load_reward_model(model_args, tokenizer, not lora_args.use_peft, quantization)
@@ -117,7 +119,7 @@ def main(argv: list[str] | None = None) -> dict:
     metrics: dict = {}
     if args.do_train:
         metrics |= lifecycle.train_and_save(
-            trainer, checkpoint,
+            trainer, checkpoint, memory,
             stage="rm",
             base_model=model_args.model_name_or_path or model_args.config_name,
             parent=parent,

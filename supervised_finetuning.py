@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.modeling.quantization import plan_quantization, stage_entry
     from stagewise.modeling.s2_attention import enable_s2_attention
     from stagewise.run import lifecycle, lineage
+    from stagewise.run.memory import plan_memory
     from stagewise.trainers.causal_lm import CausalLMTrainer
 
     checkpoint = lifecycle.start_run(args, run_args, sft_args.packing)
@@ -91,6 +92,7 @@ def main(argv: list[str] | None = None) -> dict:
     train = pack_rows(data.train, encoding.max_length) if sft_args.packing else data.train
 
     # 4. model
+    memory = plan_memory("sft", arguments, tokenizer, train, encoding.max_length, bool(new_tokens))
     model = load_causal_lm(
         model_args, tokenizer, not lora_args.use_peft, args.label_smoothing_factor, quantization=quantization
     )
@@ -100,7 +102,7 @@ def main(argv: list[str] | None = None) -> dict:
         check_packing(model, data.sample[:3]["input_ids"])
     model = attach_adapter(model, lora_args, trains_new_tokens=bool(new_tokens))
     if run_args.dry_run:
-        return lifecycle.report_dry_run(args, data.report, train)
+        return lifecycle.report_dry_run(args, data.report, train, memory)
 
     # 5. trainer: train, save, evaluate
     trainer = lifecycle.build_trainer(
@@ -117,7 +119,7 @@ def main(argv: list[str] | None = None) -> dict:
     metrics: dict = {}
     if args.do_train:
         metrics |= lifecycle.train_and_save(
-            trainer, checkpoint,
+            trainer, checkpoint, memory,
             stage="sft",
             base_model=model_args.model_name_or_path or model_args.config_name,
             parent=parent,

@@ -1,10 +1,10 @@
 """Frozen base models with 4-bit or 8-bit weights (bitsandbytes), for adapters to be trained on.
 
 See QLoRA, arXiv 2305.14314. Linear layers are quantized; embeddings, head, norms and a new score head keep --dtype.
-They are not cast to float32, as peft's prepare_model_for_kbit_training does: norms compute in float32 anyway, gradients
-of what is frozen are not needed, and embedding and head of a vocabulary of 150,000 would take gigabytes more. What
-gradient checkpointing needs (an embedding output that takes part in autograd) transformers itself sees to. Adapter
-weights are float32.
+They are not cast to float32, as peft's prepare_model_for_kbit_training does: norms compute in float32 anyway,
+gradients of what is frozen are not needed, and embedding and head of a vocabulary of 150,000 would take gigabytes
+more. What gradient checkpointing needs (an embedding output in autograd) transformers sees to. Adapter weights are
+float32.
 """
 
 import json

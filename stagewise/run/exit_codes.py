@@ -4,17 +4,27 @@ import argparse
 import logging
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 
 from stagewise.errors import InputError, TrainingDiverged
 from template import TemplateError
 
+# What allocators say that have no exception of their own: torch on CPU, the CUDA driver, cuBLAS.
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
 
 def run_script(main: Callable[[], object]) -> None:
     """Call a script's main; an InputError becomes a message without a traceback and exit code 2.
 
-    A failure of any other kind keeps its traceback (exit code 1); 130 and 143 are raised where the signal was handled.
+    A failure of any other kind keeps its traceback (exit code 1), and where memory ran out advice follows it; 130 and
+    143 are raised where the signal was handled.
     """
     _quiet_libraries()
     try:
@@ -25,10 +35,32 @@ def run_script(main: Callable[[], object]) -> None:
     except TrainingDiverged as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        traceback.print_exc()
+        _explain_shortage(error)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     finally:
         _leave_process_group()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory ran out, of an accelerator or of the host."""
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return any(text in str(error) for text in OUT_OF_MEMORY)
+
+
+def _explain_shortage(error: BaseException) -> None:
+    """Below the traceback: what the run was estimated to need, and which flags would make it need less."""
+    if "stagewise.run.memory" in sys.modules:  # not in scripts that train nothing
+        from stagewise.run.out_of_memory import explain
+
+        print(f"\nerror: {explain(error)}", file=sys.stderr)
 
 
 def boolean(text: str) -> bool:

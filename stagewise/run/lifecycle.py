@@ -23,6 +23,7 @@ from stagewise.run import lineage
 from stagewise.run.callbacks import SaveLineage, SaveOnSignal, SaveStreamPosition, resume_stream
 from stagewise.run.checkpoints import checkpoint_step, find_resume_checkpoint, last_good_checkpoint
 from stagewise.run.logging import LogLine, peak_memory_gib, setup_logging
+from stagewise.run.memory import MemoryPlan
 from stagewise.run.plots import plot_curves, plot_loss, plot_scores
 
 logger = logging.getLogger(__name__)
@@ -137,20 +138,23 @@ def _plain(value: object):
     return None
 
 
-def report_dry_run(args, data_report: dict, train_dataset, rounds: int = 1) -> dict:
-    """Print what would be trained, write nothing; returns the report.
+def report_dry_run(args, data_report: dict, train_dataset, memory: MemoryPlan | None, rounds: int = 1) -> dict:
+    """Print what would be trained and what memory it would want, write nothing; returns the report.
 
     Args:
+        memory: None where it could not be estimated.
         rounds: accumulated batches of a step, where a step takes several.
     """
     if args.should_log:
         print(json.dumps(data_report, indent=2, ensure_ascii=False))
+        if memory is not None:
+            print(memory.describe())
         size = "a stream of rows"
         if hasattr(train_dataset, "__len__"):
             batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps * rounds
             size = f"{len(train_dataset)} rows, {math.ceil(len(train_dataset) / batch)} steps an epoch"
         print(f"dry run: {size}; nothing was written")
-    return {"data_report": data_report}
+    return {"data_report": data_report, "estimated_memory_gib": memory.gib if memory else None}
 
 
 def build_trainer(trainer_class: type[Trainer], args, run_args, **kwargs) -> Trainer:
@@ -184,7 +188,9 @@ def total_steps(trainer: Trainer) -> int:
     return math.ceil(trainer.args.num_train_epochs * updates)
 
 
-def train_and_save(trainer: Trainer, checkpoint: str | None, **stage_fields: object) -> dict:
+def train_and_save(
+    trainer: Trainer, checkpoint: str | None, memory: MemoryPlan | None, **stage_fields: object
+) -> dict:
     """Train (or go on), save weights, tokenizer and state; every rank takes part in saving.
 
     A run that had already finished is not trained any further (the Trainer alone would add a step each time).
@@ -218,6 +224,8 @@ def train_and_save(trainer: Trainer, checkpoint: str | None, **stage_fields: obj
     trainer.save_model()
     trainer.save_state()
     metrics["peak_memory_gib"] = round(peak_memory_gib(), 3)
+    if memory is not None:
+        metrics["estimated_memory_gib"] = memory.gib
     trainer.save_metrics("train", metrics)
     if trainer.args.should_save:
         lineage.write_stage(trainer.args.output_dir, **stage_fields)
