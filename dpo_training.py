@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.run.memory import plan_memory
     from stagewise.trainers.dpo import dpo_config, dpo_trainer_class
 
-    checkpoint = lifecycle.start_run(args, run_args, packed=False)
+    checkpoint = lifecycle.start_run(args, run_args)
     quantization = plan_quantization(model_args, lora_args, args)
 
     # 2. tokenizer and template

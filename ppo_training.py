@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.run.memory import plan_memory
     from stagewise.trainers.ppo import PPOSettings, PPOTrainer
 
-    checkpoint = lifecycle.start_run(args, run_args, packed=False)
+    checkpoint = lifecycle.start_run(args, run_args)
     quantization = plan_quantization(model_args, lora_args, args)
 
     # 2. tokenizer and template

@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.run.memory import plan_memory
     from stagewise.trainers.causal_lm import CausalLMTrainer
 
-    checkpoint = lifecycle.start_run(args, run_args, pt_args.packing)
+    checkpoint = lifecycle.start_run(args, run_args)
     quantization = plan_quantization(model_args, lora_args, args)
 
     # 2. tokenizer and template

@@ -1,4 +1,4 @@
-"""The memory estimate against DeepSpeed's estimators, real models and measured steps; the advice when memory runs out."""
+"""The memory estimate against DeepSpeed's estimators, real models and measured steps; advice when memory runs out."""
 
 import json
 from dataclasses import replace

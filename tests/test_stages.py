@@ -341,7 +341,6 @@ def test_dry_run_writes_nothing(tiny_model_dir, sft_file, text_file, tmp_path, c
         (["--model_max_length", "8"], "no trained token left"),
         (["--on_too_long", "error", "--model_max_length", "24"], "more than max_length 24"),
         (["--resume_from_checkpoint", "nowhere"], "no such folder"),
-        (["--neftune_noise_alpha", "5", "--packing", "True"], "--packing"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_written(flags, message, tiny_model_dir, sft_file, tmp_path):

@@ -40,13 +40,12 @@ OWN_FILES = (
 )  # fmt: skip
 
 
-def start_run(args, run_args, packed: bool) -> str | None:
+def start_run(args, run_args) -> str | None:
     """Logging, seeds, and the output folder's state; nothing is written or deleted yet.
 
     Args:
         args: the TrainingArguments.
         run_args: overwrite_output_dir, dry_run, logging_dir.
-        packed: rows hold several documents.
 
     Returns:
         The checkpoint to resume from, or None.
@@ -64,11 +63,6 @@ def start_run(args, run_args, packed: bool) -> str | None:
             "or set CUDA_VISIBLE_DEVICES to one of them"
         )
     os.environ["TENSORBOARD_LOGGING_DIR"] = run_args.logging_dir or str(Path(args.output_dir) / "logs")
-    if packed and args.neftune_noise_alpha:
-        raise InputError(
-            "--neftune_noise_alpha: its noise is scaled by the length of a text, and with --packing a row holds "
-            "several; use one of the two"
-        )
     checkpoint = find_resume_checkpoint(args.resume_from_checkpoint, args.output_dir)
     output = Path(args.output_dir)
     if output.is_file():

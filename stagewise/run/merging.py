@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -238,7 +239,8 @@ def merge(base: MergeBase, lora_model: str, tokenizer, dtype: torch.dtype) -> tu
     lost = merge_layers(peft_model, dtype)
     merged = peft_model.unload()
     outputs = outputs_of(merged, ids)
-    min_agreement, report = MIN_MERGED_AGREEMENT, {}
+    min_agreement = MIN_MERGED_AGREEMENT
+    report: dict[str, Any] = {}
     if base.trained_outputs and base.onto == "original":
         report["base_difference"] = compare(outputs, base.trained_outputs)
     elif base.trained_outputs:

@@ -1,4 +1,4 @@
-"""What the Trainer of every stage does: throughput in the log, and a floor under the learning rate."""
+"""What the Trainer of every stage does: throughput in the log, a floor of the learning rate, noise on embeddings."""
 
 import time
 from typing import TYPE_CHECKING
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from stagewise.errors import InputError
+from stagewise.modeling.neftune import embedding_noise
 
 # What collators add beside the model's inputs.
 NUM_TOKENS = "num_tokens"  # real tokens of each row, padding not counted
@@ -31,6 +32,7 @@ class StageTrainerMixin(_Base):
     def __init__(self, *args, min_lr: float | None = None, **kwargs):
         kwargs["args"].remove_unused_columns = False  # the collator picks what the model gets
         super().__init__(*args, **kwargs)
+        self.neftune_noise_alpha = None  # the noise is ours, see train
         self.min_lr = min_lr
         self._new_tokens: Tensor | None = None  # since the last log; on the device
         self._clock = time.perf_counter()
@@ -42,6 +44,10 @@ class StageTrainerMixin(_Base):
             # stays on the device: no synchronisation before the next log
             total = num_tokens.sum()
             self._new_tokens = total if self._new_tokens is None else self._new_tokens + total
+
+    def train(self, *args, **kwargs):
+        with embedding_noise(self.model, self.args.neftune_noise_alpha):
+            return super().train(*args, **kwargs)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         scheduler = super().create_scheduler(num_training_steps, optimizer)
