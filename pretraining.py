@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     from stagewise.data import loading
     from stagewise.data.collators import CausalLMCollator
-    from stagewise.modeling.attention import check_packing
+    from stagewise.modeling.attention import check_packing, is_flash
     from stagewise.modeling.loading import load_causal_lm, load_config, load_tokenizer, row_limit
     from stagewise.modeling.lora import attach_adapter
     from stagewise.modeling.quantization import plan_quantization, stage_entry
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> dict:
         processing_class=tokenizer,
         train_dataset=data.train,
         eval_dataset=data.validation,
-        data_collator=CausalLMCollator(tokenizer.pad_token_id, data.names, not isolate),
+        data_collator=CausalLMCollator(tokenizer.pad_token_id, data.names, not isolate, is_flash(model_args.kernel)),
         dataset_names=data.names,
         min_lr=run_args.min_lr,
     )  # fmt: skip

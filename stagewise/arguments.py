@@ -83,6 +83,9 @@ class ModelArguments:
     attn_implementation: str | None = _option(
         None, "Attention kernel: eager, sdpa, flash_attention_2 and others.", group="attention and context"
     )
+    flash_attn: bool = _option(
+        False, "FlashAttention-2; an error where it cannot run, never another kernel.", group="attention and context"
+    )
     shift_attn: bool = _option(
         False, "S2-Attn: train with attention in groups of tokens, half of the heads shifted.", "attention and context"
     )
@@ -118,17 +121,26 @@ class ModelArguments:
                 f"--config_name: found {self.config_name!r} beside --model_name_or_path; "
                 "give one: the first starts from random weights, the second from trained ones"
             )
-        self._check_shift_attn()
+        self._check_attention()
         self._check_quantization()
 
-    def _check_shift_attn(self) -> None:
-        group, kernel = self.shift_attn_group, self.attn_implementation
+    @property
+    def kernel(self) -> str | None:
+        """The attention kernel that is asked for; None is transformers' choice."""
+        return "flash_attention_2" if self.flash_attn else self.attn_implementation
+
+    def _check_attention(self) -> None:
+        if self.flash_attn and self.attn_implementation not in (None, self.kernel):
+            raise InputError(
+                f"--flash_attn: found beside --attn_implementation {self.attn_implementation}; give one of the two"
+            )
+        group, kernel = self.shift_attn_group, self.kernel
         _require(group is None or self.shift_attn, "shift_attn_group", group, "no group without --shift_attn True")
         even = group is None or (group >= 2 and group % 2 == 0)
         _require(even, "shift_attn_group", group, "an even number of tokens, 2 or more")
         if self.shift_attn and kernel not in (None, "sdpa"):
             raise InputError(
-                f"--shift_attn: found --attn_implementation {kernel}, but S2-Attn runs on sdpa; leave one of them out"
+                f"--shift_attn: found beside the kernel {kernel}, but S2-Attn runs on sdpa; leave one of them out"
             )
 
     def _check_quantization(self) -> None:

@@ -1,6 +1,7 @@
 """Rows of token ids -> one batch of tensors."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,20 +17,30 @@ class CausalLMCollator:
     other). Rows without labels are trained on every token but each document's first.
 
     Batch: input_ids (B, T), labels (B, T), attention_mask (B, T) with 1 = real token, or position_ids (B, T);
-    num_tokens (B,) real tokens of each row; dataset_id (B,) index into `dataset_names`.
+    num_tokens (B,) real tokens of each row; dataset_id (B,) index into `dataset_names`. For FlashAttention also the
+    borders of the documents (see _borders): from position_ids it finds them in a batch of one row only, and would let
+    the documents of a larger one see each other.
 
     Args:
         pad_token_id: fills input_ids; padding has the label IGNORE_INDEX.
         dataset_names: the names that the rows' `dataset` column may have.
         attend_across_documents: packed rows without boundaries: position_ids run through.
+        flash: the model's kernel is FlashAttention.
     """
 
-    def __init__(self, pad_token_id: int, dataset_names: Sequence[str] = (), attend_across_documents: bool = False):
+    def __init__(
+        self,
+        pad_token_id: int,
+        dataset_names: Sequence[str] = (),
+        attend_across_documents: bool = False,
+        flash: bool = False,
+    ):
         self.pad_token_id = pad_token_id
         self.dataset_ids = {name: i for i, name in enumerate(dataset_names)}
         self.attend_across_documents = attend_across_documents
+        self.flash = flash
 
-    def __call__(self, rows: Sequence[dict]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[dict]) -> dict[str, Any]:
         ids = [torch.as_tensor(row["input_ids"]) for row in rows]
         labels = [_labels(row) for row in rows]
         num_tokens = torch.tensor([len(row) for row in ids])
@@ -42,6 +53,8 @@ class CausalLMCollator:
         if "seq_lengths" in rows[0] and not self.attend_across_documents:
             # padding tokens are at position 0, each a document of its own
             batch["position_ids"] = _pad([_restarting_positions(row["seq_lengths"]) for row in rows], 0)
+            if self.flash:
+                batch |= _borders(batch["position_ids"])
         else:
             width = batch["input_ids"].shape[1]
             batch["attention_mask"] = (torch.arange(width)[None] < num_tokens[:, None]).long()
@@ -77,6 +90,20 @@ class PairwiseCollator:
             "input_ids": _pad(ids, self.pad_token_id),
             "attention_mask": (torch.arange(int(num_tokens.max()))[None] < num_tokens[:, None]).long(),
         }
+
+
+def _borders(position_ids: Tensor) -> dict[str, Any]:
+    """What FlashAttention's kernels for documents of all lengths take, of (B, T) positions that restart at 0.
+
+    cu_seq_lens_q, cu_seq_lens_k: (documents + 1,) int32, where each begins in the rows laid end to end, and their end.
+    max_length_q, max_length_k: tokens of the longest. All of it is found here, on the CPU, once for all layers.
+    """
+    starts = (position_ids.flatten() == 0).nonzero().flatten()
+    borders = torch.cat([starts, torch.tensor([position_ids.numel()])]).int()
+    longest = int(borders.diff().max())
+    return {
+        "cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest
+    }  # fmt: skip
 
 
 def _labels(row: dict) -> Tensor:

@@ -1,15 +1,62 @@
-"""Proof, on the model in hand, that packed documents do not see each other."""
+"""The attention kernel: whether the one that is asked for can run, and proof that it keeps packed documents apart."""
 
+import logging
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
+from stagewise.data.collators import CausalLMCollator
 from stagewise.errors import InputError
 from stagewise.modeling.quantization import multiplied_in
 
+logger = logging.getLogger(__name__)
+
 # Largest |difference| of logits over the largest |logit|: rounding of the data type, far below any leak.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def is_flash(kernel: str | None) -> bool:
+    return bool(kernel) and str(kernel).startswith("flash_attention")
+
+
+def require_flash_attention(kernel: str) -> None:
+    """Raise InputError with the remedy unless FlashAttention can run here: a GPU that it knows, and its package."""
+    otherwise = "or leave --flash_attn out: PyTorch's own kernels (sdpa) are used then"
+    if not torch.cuda.is_available():
+        raise InputError(f"--flash_attn: {kernel} runs on GPUs alone, and none is found; use one, {otherwise}")
+    capability = torch.cuda.get_device_capability()
+    if torch.version.hip is None and capability < (8, 0):
+        raise InputError(
+            f"--flash_attn: {kernel} needs compute capability 8.0 (Ampere) or newer, and "
+            f"{torch.cuda.get_device_name()} has {capability[0]}.{capability[1]}; use another GPU, {otherwise}"
+        )
+    if kernel == "flash_attention_2" and find_spec("flash_attn") is None:
+        raise InputError(
+            "--flash_attn: the package flash-attn is not installed: pip install --no-build-isolation -r "
+            f"requirements-flash-attn.txt, {otherwise}"
+        )
+
+
+def check_kernel(model: nn.Module, autocast: bool) -> None:
+    """Log the kernel that the model uses.
+
+    Args:
+        autocast: training multiplies in 16 bits (--bf16, --fp16).
+
+    Raises:
+        InputError: it is FlashAttention, which has no kernels for float32, and weights and products are in it.
+    """
+    kernel = model.config._attn_implementation
+    logger.info("attention kernel: %s", kernel)
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    if is_flash(kernel) and dtype == torch.float32 and not autocast:
+        raise InputError(
+            f"--flash_attn: {kernel} takes numbers of 16 bits, and the weights are float32; add --bf16 True (or, for "
+            "an adapter, --dtype bfloat16)"
+        )
 
 
 @torch.no_grad()
@@ -37,11 +84,7 @@ def check_packing(model: PreTrainedModel, documents: Sequence[Sequence[int]], ma
     model.eval()
     try:
         alone = torch.cat([model(input_ids=ids[None], use_cache=False).logits[0] for ids in pieces]).float()
-        packed = model(
-            input_ids=torch.cat(pieces)[None],
-            position_ids=torch.cat([torch.arange(len(ids), device=device) for ids in pieces])[None],
-            use_cache=False,
-        ).logits[0]
+        packed = model(**_packed_row(pieces, is_flash(model.config._attn_implementation)), use_cache=False).logits[0]
     finally:
         model.train(was_training)
     difference = ((packed.float() - alone).abs().max() / alone.abs().max().clamp(min=1e-6)).item()
@@ -51,3 +94,15 @@ def check_packing(model: PreTrainedModel, documents: Sequence[Sequence[int]], ma
             f"{difference:.1%}); use --packing False"
         )
     return difference
+
+
+def _packed_row(pieces: Sequence[torch.Tensor], flash: bool) -> dict:
+    """The documents as the collator hands them to a model, without what only training needs."""
+    row = {"input_ids": torch.cat(list(pieces)).cpu(), "seq_lengths": [len(ids) for ids in pieces]}
+    batch = CausalLMCollator(pad_token_id=0, flash=flash)([row])
+    device = pieces[0].device
+    return {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+        if name not in ("labels", "num_tokens", "dataset_id")
+    }

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from stagewise.arguments import ModelArguments
 from stagewise.errors import InputError
+from stagewise.modeling.attention import is_flash, require_flash_attention
 from stagewise.modeling.quantization import Quantization, loading_options, settle_quantized
 from stagewise.modeling.rope_scaling import (
     check_rope,
@@ -269,7 +270,9 @@ def _weights_dtype(args: ModelArguments, trains_all: bool):
 def _build_model(
     auto_class, args: ModelArguments, config, dtype, quantization: Quantization | None
 ) -> PreTrainedModel:
-    attention = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
+    attention = {"attn_implementation": args.kernel} if args.kernel else {}
+    if args.kernel and is_flash(args.kernel):
+        require_flash_attention(args.kernel)
     if not args.model_name_or_path:
         return auto_class.from_config(config, dtype=torch.float32 if dtype == "auto" else dtype, **attention)
     device_map = _device_map(args.device_map)

@@ -3,8 +3,8 @@
     noise ~ U(-1, 1) * alpha / sqrt(L * d)        d: width of the embedding
 
 L is the length of the text that a token is part of, as in the authors' training code: padding does not count, and has
-no noise; a document in a packed row has the noise that it would have alone. (transformers' own hook takes the length of
-the whole row, so that the noise shrinks with the padding and with what a row is packed with.)
+no noise; a document in a packed row has the noise that it would have alone. (transformers' own hook takes the length
+of the whole row, so that the noise shrinks with the padding and with what a row is packed with.)
 """
 
 from collections.abc import Iterator

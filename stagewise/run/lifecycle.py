@@ -17,6 +17,7 @@ import yaml
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState, set_seed
 
 from stagewise.errors import InputError, TrainingDiverged
+from stagewise.modeling.attention import check_kernel
 from stagewise.modeling.quantization import Quantization
 from stagewise.modeling.rope_scaling import rope_setting
 from stagewise.run import lineage
@@ -153,6 +154,7 @@ def report_dry_run(args, data_report: dict, train_dataset, memory: MemoryPlan | 
 
 def build_trainer(trainer_class: type[Trainer], args, run_args, **kwargs) -> Trainer:
     """The Trainer with our log line, the signal handler, and early stopping where it is asked for."""
+    check_kernel(kwargs["model"], args.bf16 or args.fp16)
     callbacks = [LogLine(), SaveOnSignal(), SaveStreamPosition(kwargs["train_dataset"])]
     if run_args.early_stopping_stall_num:
         callbacks.append(_early_stopping(args, run_args.early_stopping_stall_num))

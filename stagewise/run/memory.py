@@ -199,9 +199,7 @@ def _quantization(args: ModelArguments, config: PretrainedConfig) -> tuple[Liter
 
 
 def _attention(args: ModelArguments, shape: ModelShape) -> str:
-    if getattr(args, "flash_attn", False):
-        return "flash_attention_2"
-    return args.attn_implementation or shape.attention
+    return args.kernel or shape.attention
 
 
 def _sharding(args: StageTrainingArguments) -> dict[str, Any]:

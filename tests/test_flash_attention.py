@@ -1,0 +1,153 @@
+"""--flash_attn: refused where it cannot run, and fed so that packed documents stay apart. No kernel runs here."""
+
+import pytest
+import torch
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.integrations import sdpa_attention
+
+from stagewise.data.collators import CausalLMCollator
+from stagewise.errors import InputError
+from stagewise.modeling import attention
+from stagewise.modeling.attention import check_kernel, check_packing, require_flash_attention
+from tests.stages import LORA, run_pt, run_sft
+
+SIZES = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+ARCHITECTURES = {"llama": {}, "qwen3": {"head_dim": 8}, "mistral": {}, "mixtral": {"num_local_experts": 2}, "phi": {}}
+
+
+def pretend(monkeypatch, capability: tuple[int, int] | None, installed: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(attention, "find_spec", lambda name: object() if installed else None)
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "message"),
+    [
+        (None, True, "runs on GPUs alone"),
+        ((7, 5), True, r"needs compute capability 8.0 .*Tesla T4 has 7.5"),
+        ((9, 0), False, "requirements-flash-attn.txt"),
+    ],
+)
+def test_what_is_missing_is_said_with_the_remedy(monkeypatch, capability, installed, message):
+    pretend(monkeypatch, capability, installed)
+    with pytest.raises(InputError, match=message) as raised:
+        require_flash_attention("flash_attention_2")
+    assert "leave --flash_attn out" in str(raised.value)
+
+
+def test_a_gpu_with_the_package_is_enough(monkeypatch):
+    pretend(monkeypatch, (8, 0), True)
+    require_flash_attention("flash_attention_2")
+
+
+@pytest.mark.parametrize("flags", [("--flash_attn", "True"), ("--attn_implementation", "flash_attention_2")])
+def test_a_run_without_a_gpu_never_falls_back_to_another_kernel(
+    flags, tiny_model_dir, sft_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="--flash_attn: flash_attention_2 runs on GPUs alone"):
+        run_sft(tiny_model_dir, sft_file, tmp_path / "out", *LORA, *flags)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--attn_implementation", "eager"), "found beside --attn_implementation eager"),
+        (("--shift_attn", "True"), "S2-Attn runs on sdpa"),
+    ],
+)
+def test_two_kernels_at_once_are_refused(flags, message, tiny_model_dir, text_file, tmp_path):
+    with pytest.raises(InputError, match=message):
+        run_pt(tiny_model_dir, text_file, tmp_path / "out", *LORA, "--flash_attn", "True", *flags)
+
+
+def test_the_kernel_in_use_is_logged(tiny_model_dir, text_file, tmp_path, capsys):
+    run_pt(tiny_model_dir, text_file, tmp_path / "out", *LORA, "--attn_implementation", "eager", "--max_steps", "1")
+    assert "attention kernel: eager" in capsys.readouterr().out
+
+
+def varlen_attention(module, query, key, value, mask, scaling=None, dropout=0.0, **kwargs):
+    """What FlashAttention computes of borders: documents one by one, causal, rows laid end to end."""
+    assert mask is None
+    assert kwargs["cu_seq_lens_q"].dtype == torch.int32
+    rows, heads, length, width = query.shape
+    lengths = kwargs["cu_seq_lens_q"].diff().tolist()
+    assert max(lengths) == kwargs["max_length_q"]
+    flat = [x.transpose(1, 2).flatten(0, 1).split(lengths) for x in (query, key, value)]
+    outs = []
+    for q, k, v in zip(*flat, strict=True):
+        out, _ = sdpa_attention.sdpa_attention_forward(
+            module, *(x.transpose(0, 1)[None] for x in (q, k, v)), None, scaling=scaling, is_causal=len(q) > 1
+        )
+        outs.append(out[0])
+    return torch.cat(outs).view(rows, length, heads, width), None
+
+
+@pytest.fixture
+def pretended_kernel(monkeypatch):
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", varlen_attention)
+
+
+def with_flash(name: str):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**SIZES, **ARCHITECTURES[name]})).eval()
+    model.config._attn_implementation = "flash_attention_2"  # the setter would look for the package
+    return model
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_documents_of_several_packed_rows_stay_apart(name, pretended_kernel):
+    model = with_flash(name)
+    documents = [torch.randint(3, 96, (n,), generator=torch.Generator().manual_seed(n)) for n in (20, 12, 9, 15)]
+    rows = [
+        {"input_ids": torch.cat(documents[:2]), "seq_lengths": [20, 12]},
+        {"input_ids": torch.cat(documents[2:]), "seq_lengths": [9, 15]},  # and 8 tokens of padding
+    ]
+    batch = CausalLMCollator(0, flash=True)(rows)
+    inputs = {key: batch[key] for key in batch if key not in ("labels", "num_tokens", "dataset_id")}
+    packed = model(**inputs, use_cache=False).logits
+    found = [packed[0, :20], packed[0, 20:], packed[1, :9], packed[1, 9:24]]
+    model.config._attn_implementation = "sdpa"
+    for one, ids in zip(found, documents, strict=True):
+        torch.testing.assert_close(one, model(input_ids=ids[None]).logits[0], atol=1e-5, rtol=1e-4)
+
+
+def test_borders_cover_documents_and_padding():
+    rows = [{"input_ids": [5] * 5, "seq_lengths": [3, 2]}, {"input_ids": [5] * 3, "seq_lengths": [3]}]
+    batch = CausalLMCollator(0, flash=True)(rows)
+    # the second row's padding: every token a document of its own
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5, 8, 9, 10]
+    assert batch["cu_seq_lens_k"] is batch["cu_seq_lens_q"]
+    assert (batch["max_length_q"], batch["max_length_k"]) == (3, 3)
+    assert "cu_seq_lens_q" not in CausalLMCollator(0)(rows)
+    assert "cu_seq_lens_q" not in CausalLMCollator(0, flash=True)([{"input_ids": [5, 5]}])
+
+
+def test_the_proof_of_packing_takes_the_borders(pretended_kernel):
+    model = with_flash("llama")
+
+    def alone_or_packed(module, query, key, value, mask, **kwargs):
+        if "cu_seq_lens_q" in kwargs:
+            return varlen_attention(module, query, key, value, mask, **kwargs)
+        return sdpa_attention.sdpa_attention_forward(module, query, key, value, None, is_causal=True)
+
+    AttentionInterface._global_mapping["flash_attention_2"] = alone_or_packed
+    assert check_packing(model, [[5, 6, 7, 8], [9, 10, 11]]) < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "autocast", "refused"), [
+    (torch.float32, False, True), (torch.float32, True, False), (torch.bfloat16, False, False),
+])  # fmt: skip
+def test_numbers_of_32_bits_are_refused(dtype, autocast, refused, pretended_kernel):
+    model = with_flash("llama").to(dtype)
+    if refused:
+        with pytest.raises(InputError, match="--bf16 True"):
+            check_kernel(model, autocast)
+    else:
+        check_kernel(model, autocast)
