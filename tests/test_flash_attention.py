@@ -8,7 +8,7 @@ from transformers.integrations import sdpa_attention
 from stagewise.data.collators import CausalLMCollator
 from stagewise.errors import InputError
 from stagewise.modeling import attention
-from stagewise.modeling.attention import check_kernel, check_packing, require_flash_attention
+from stagewise.modeling.attention import check_kernel, require_flash_attention
 from tests.stages import LORA, run_pt, run_sft
 
 SIZES = {
@@ -127,18 +127,6 @@ def test_borders_cover_documents_and_padding():
     assert (batch["max_length_q"], batch["max_length_k"]) == (3, 3)
     assert "cu_seq_lens_q" not in CausalLMCollator(0)(rows)
     assert "cu_seq_lens_q" not in CausalLMCollator(0, flash=True)([{"input_ids": [5, 5]}])
-
-
-def test_the_proof_of_packing_takes_the_borders(pretended_kernel):
-    model = with_flash("llama")
-
-    def alone_or_packed(module, query, key, value, mask, **kwargs):
-        if "cu_seq_lens_q" in kwargs:
-            return varlen_attention(module, query, key, value, mask, **kwargs)
-        return sdpa_attention.sdpa_attention_forward(module, query, key, value, None, is_causal=True)
-
-    AttentionInterface._global_mapping["flash_attention_2"] = alone_or_packed
-    assert check_packing(model, [[5, 6, 7, 8], [9, 10, 11]]) < 1e-5
 
 
 @pytest.mark.parametrize(("dtype", "autocast", "refused"), [

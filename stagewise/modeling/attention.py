@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from stagewise.data.collators import CausalLMCollator
 from stagewise.errors import InputError
 from stagewise.modeling.quantization import multiplied_in
 
@@ -84,7 +83,11 @@ def check_packing(model: PreTrainedModel, documents: Sequence[Sequence[int]], ma
     model.eval()
     try:
         alone = torch.cat([model(input_ids=ids[None], use_cache=False).logits[0] for ids in pieces]).float()
-        packed = model(**_packed_row(pieces, is_flash(model.config._attn_implementation)), use_cache=False).logits[0]
+        packed = model(
+            input_ids=torch.cat(pieces)[None],
+            position_ids=torch.cat([torch.arange(len(ids), device=device) for ids in pieces])[None],
+            use_cache=False,
+        ).logits[0]
     finally:
         model.train(was_training)
     difference = ((packed.float() - alone).abs().max() / alone.abs().max().clamp(min=1e-6)).item()
@@ -94,15 +97,3 @@ def check_packing(model: PreTrainedModel, documents: Sequence[Sequence[int]], ma
             f"{difference:.1%}); use --packing False"
         )
     return difference
-
-
-def _packed_row(pieces: Sequence[torch.Tensor], flash: bool) -> dict:
-    """The documents as the collator hands them to a model, without what only training needs."""
-    row = {"input_ids": torch.cat(list(pieces)).cpu(), "seq_lengths": [len(ids) for ids in pieces]}
-    batch = CausalLMCollator(pad_token_id=0, flash=flash)([row])
-    device = pieces[0].device
-    return {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-        if name not in ("labels", "num_tokens", "dataset_id")
-    }
