@@ -54,11 +54,10 @@ def main(argv: list[str] | None = None) -> dict:
 
     from stagewise.data import loading
     from stagewise.data.collators import CausalLMCollator
-    from stagewise.modeling.attention import check_packing, is_flash
+    from stagewise.modeling.attention import check_packing, is_flash, settle_attention
     from stagewise.modeling.loading import load_causal_lm, load_config, load_tokenizer, row_limit
     from stagewise.modeling.lora import attach_adapter
     from stagewise.modeling.quantization import plan_quantization, stage_entry
-    from stagewise.modeling.s2_attention import enable_s2_attention
     from stagewise.run import lifecycle, lineage
     from stagewise.run.memory import plan_memory
     from stagewise.trainers.causal_lm import CausalLMTrainer
@@ -90,8 +89,7 @@ def main(argv: list[str] | None = None) -> dict:
     model = load_causal_lm(
         model_args, tokenizer, not lora_args.use_peft, args.label_smoothing_factor, quantization=quantization
     )
-    if model_args.shift_attn:
-        enable_s2_attention(model, model_args.shift_attn_group)
+    settle_attention(model, model_args, args.torch_compile)
     if isolate:
         check_packing(model, loading.first_documents(data.sample))
     model = attach_adapter(model, lora_args)

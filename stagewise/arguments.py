@@ -140,7 +140,7 @@ class ModelArguments:
         _require(even, "shift_attn_group", group, "an even number of tokens, 2 or more")
         if self.shift_attn and kernel not in (None, "sdpa"):
             raise InputError(
-                f"--shift_attn: found beside the kernel {kernel}, but S2-Attn runs on sdpa; leave one of them out"
+                f"--shift_attn: found --attn_implementation {kernel}, but S2-Attn runs on sdpa; leave one of them out"
             )
 
     def _check_quantization(self) -> None:

@@ -11,13 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from stagewise.arguments import LoraArguments, ModelArguments
 from stagewise.errors import InputError
 from stagewise.modeling.lora import attach_adapter, trainable_params
-from stagewise.modeling.s2_attention import (
-    Layout,
-    cut_into_pieces,
-    default_group,
-    enable_s2_attention,
-    s2_attention,
-)
+from stagewise.modeling.s2_attention import default_group, enable_s2_attention, s2_attention
+from stagewise.modeling.segments import Layout, cut_into_pieces
 from tests.stages import FULL, LORA, losses, run_pt, run_sft, weights
 
 

@@ -8,8 +8,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from stagewise.arguments import ModelArguments
 from stagewise.errors import InputError
+from stagewise.modeling.document_attention import enable_document_attention
 from stagewise.modeling.quantization import multiplied_in
+from stagewise.modeling.s2_attention import enable_s2_attention
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,22 @@ def require_flash_attention(kernel: str) -> None:
             "--flash_attn: the package flash-attn is not installed: pip install --no-build-isolation -r "
             f"requirements-flash-attn.txt, {otherwise}"
         )
+
+
+def settle_attention(model: PreTrainedModel, args: ModelArguments, compiled: bool) -> None:
+    """What PT and SFT compute attention with: S2-Attn where it is asked for, else `sdpa` document by document.
+
+    Args:
+        model: a causal LM, not yet wrapped by peft.
+        compiled: torch.compile is on, for which batches cut into documents would be new shapes time and again.
+
+    Raises:
+        InputError: as enable_s2_attention.
+    """
+    if args.shift_attn:
+        enable_s2_attention(model, args.shift_attn_group)
+    elif not compiled:
+        enable_document_attention(model)
 
 
 def check_kernel(model: nn.Module, autocast: bool) -> None:

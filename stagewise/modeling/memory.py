@@ -37,7 +37,8 @@ class TrainingSetup:
     bits, double_quant: of quantized linear layers: 4, 8 or None; the scales of 4-bit blocks are quantized themselves.
     optimizer: a value of --optim.
     lora_dropout: there is dropout in front of the adapters.
-    attention: the kernel: eager keeps an L x L matrix for each head, all others do not.
+    attention: the kernel: eager keeps an L x L matrix for each head, sdpa a mask of that size where rows are padded,
+        others ("segments": sdpa without masks) neither.
     accumulation: forward and backward passes of an optimizer step.
     forwards: passes whose activations are kept together: PPO's policy and value model.
     engine: what shares out the work; stage: what of the states it shards, as ZeRO's 0 to 3.

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from stagewise.arguments import LoraArguments
 from stagewise.modeling.lora import check_adapter, lora_config
+from stagewise.modeling.segments import obstacle
 from stagewise.modeling.token_loss import hidden_states_reproduce_logits
 
 
@@ -38,7 +39,8 @@ class ModelShape:
     stream_inputs: inputs of linear layers that read the residual stream, one for each layer that reads it.
     adapted_inputs, adapted_ranks: inputs of the layers with an adapter, and the adapters' ranks.
     adapted_tensors: parameters that an adapter adds its product to before they are used (fused experts).
-    attention: the kernel that transformers chooses where none is asked for.
+    attention: the kernel that transformers chooses where none is asked for; segments: it may run without masks,
+        segment by segment.
     plain_head: logits are the head's output and nothing more, so that the loss takes them chunk by chunk.
     """
 
@@ -68,6 +70,7 @@ class ModelShape:
     adapted_ranks: int = 0
     adapted_tensors: int = 0
     attention: str = "sdpa"
+    segments: bool = False
     plain_head: bool = True
 
 
@@ -169,6 +172,7 @@ def _base_shape(model: Any) -> ModelShape:
         layer_norm=any(isinstance(module, nn.LayerNorm) for module in norms),
         stream_inputs=max(readers, 0),
         attention=getattr(model.config, "_attn_implementation", None) or "eager",
+        segments=obstacle(model) is None,
         plain_head=head is not None and hidden_states_reproduce_logits(model, model.forward, None),
     )
 

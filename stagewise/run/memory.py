@@ -161,7 +161,7 @@ def _setup(
         optimizer=str(getattr(args.optim, "value", args.optim)),
         checkpointing=bool(args.gradient_checkpointing),
         lora_dropout=lora_args.use_peft and lora_args.lora_dropout > 0,
-        attention=_attention(model_args, shape),
+        attention=_attention(stage, model_args, shape, args.torch_compile),
         accumulation=args.gradient_accumulation_steps,
         forwards=2 if stage == "ppo" else 1,
         processes=args.world_size,
@@ -198,8 +198,12 @@ def _quantization(args: ModelArguments, config: PretrainedConfig) -> tuple[Liter
     return (8 if getattr(args, "load_in_8bit", False) or saved.get("load_in_8bit") else None), False
 
 
-def _attention(args: ModelArguments, shape: ModelShape) -> str:
-    return args.kernel or shape.attention
+def _attention(stage: str, args: ModelArguments, shape: ModelShape, compiled: bool) -> str:
+    """The kernel, as stagewise.modeling.attention.settle_attention chooses it."""
+    kernel = args.kernel or shape.attention
+    if stage in ("pt", "sft") and kernel == "sdpa" and shape.segments and (args.shift_attn or not compiled):
+        return "segments"
+    return kernel
 
 
 def _sharding(args: StageTrainingArguments) -> dict[str, Any]:

@@ -1,0 +1,165 @@
+"""Attention document by document: the numbers of sdpa, in memory and time that do not grow with the row."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from stagewise.data.collators import CausalLMCollator
+from stagewise.modeling import document_attention, segments
+from stagewise.modeling.document_attention import NAME, enable_document_attention
+from tests.stages import FULL, losses, run_pt, run_sft
+
+SIZES = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+ARCHITECTURES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "mistral": {"sliding_window": 12},
+    "mixtral": {"num_local_experts": 2},
+    "phi": {},
+    "glm4": {"head_dim": 8},
+    "gemma": {"head_dim": 8},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]},
+}
+ROWS = [(20, 12, 3), (1, 40), (9,)]  # lengths of the documents of packed rows
+
+
+def build(name: str):
+    """A random model whose attention is far from uniform, or a leak would hardly show."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **{**SIZES, **ARCHITECTURES.get(name, {})})
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for path, weight in model.named_parameters():
+            if "q_proj" in path or "k_proj" in path:
+                weight *= 20
+    return model
+
+
+def packed_batch() -> dict:
+    rows = [{"input_ids": torch.randint(3, 96, (sum(row),)), "seq_lengths": row} for row in ROWS]
+    return inputs_of(CausalLMCollator(0)(rows))
+
+
+def padded_batch() -> dict:
+    return inputs_of(CausalLMCollator(0)([{"input_ids": torch.randint(3, 96, (n,))} for n in (31, 40, 7)]))
+
+
+def inputs_of(batch: dict) -> dict:
+    return {key: batch[key] for key in batch if key not in ("labels", "num_tokens", "dataset_id")} | {
+        "use_cache": False
+    }
+
+
+def real(batch: dict) -> torch.Tensor:
+    """(B, T) bool, tokens that are no padding."""
+    if "attention_mask" in batch:
+        return batch["attention_mask"].bool()
+    width = batch["input_ids"].shape[1]
+    return torch.arange(width)[None] < torch.tensor([sum(row) for row in ROWS])[:, None]
+
+
+def count_whole_rows(monkeypatch) -> list:
+    calls: list = []
+    original = segments.whole_rows
+    monkeypatch.setattr(
+        document_attention, "whole_rows", lambda *args, **kwargs: calls.append(args) or original(*args, **kwargs)
+    )
+    return calls
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("make", [packed_batch, padded_batch])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_and_gradients_are_those_of_sdpa(name, make, mode, monkeypatch):
+    torch.manual_seed(1)
+    batch, model = make(), build(name)
+    model.train(mode == "train")
+    kept = real(batch)
+    seed = torch.randn(int(kept.sum()), 96)
+
+    def run() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        logits = model(**batch).logits[kept]
+        return logits, torch.autograd.grad((logits * seed).sum(), list(model.parameters()))
+
+    expected, gradients = run()
+    assert enable_document_attention(model)
+    fallbacks = count_whole_rows(monkeypatch)
+    found, mine = run()
+    assert not fallbacks
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    for one, other in zip(mine, gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi", "gemma3_text"])
+def test_left_padding_and_generation_are_those_of_sdpa(name, monkeypatch):
+    model = build(name).eval()
+    ids, mask = torch.randint(3, 96, (2, 10)), torch.ones(2, 10, dtype=torch.long)
+    mask[0, :4] = 0
+    expected = model(input_ids=ids, attention_mask=mask).logits
+    answers = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    assert enable_document_attention(model)
+    fallbacks = count_whole_rows(monkeypatch)
+    assert torch.equal(model(input_ids=ids, attention_mask=mask).logits[mask.bool()], expected[mask.bool()])
+    assert fallbacks
+    assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False), answers)
+
+
+def test_a_mask_of_the_callers_is_obeyed():
+    model = build("llama").eval()
+    ids = torch.randint(3, 96, (1, 10))
+    mask = torch.ones(1, 1, 10, 10, dtype=torch.bool).tril()
+    mask[:, :, 5:, :5] = False
+    expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    assert enable_document_attention(model)
+    assert torch.equal(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, expected)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    torch.manual_seed(1)
+    batch, model = packed_batch(), build("llama").train()
+    assert enable_document_attention(model)
+    model(**batch).logits.square().sum().backward()
+    plain = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(**batch).logits.square().sum().backward()
+    for found, expected in zip(model.parameters(), plain, strict=True):
+        torch.testing.assert_close(found.grad, expected)
+
+
+@pytest.mark.parametrize(("name", "kernel"), [("bloom", "eager"), ("falcon", "sdpa"), ("gemma2", "eager"), ("llama", "eager")])
+def test_other_kernels_and_architectures_are_left_alone(name, kernel):
+    changes = {"n_head": 4, "n_layer": 1} if name == "bloom" else {"head_dim": 8} if name == "gemma2" else {}
+    config = AutoConfig.for_model(name, **{**SIZES, **changes})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=kernel)
+    before = model.config._attn_implementation
+    assert not enable_document_attention(model)
+    assert model.config._attn_implementation == before
+
+
+def test_nothing_of_it_is_saved(tmp_path):
+    model = build("llama")
+    assert enable_document_attention(model)
+    model.save_pretrained(tmp_path)
+    assert NAME not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("flags", [("--packing", "True"), ("--packing", "False")])
+def test_a_run_has_the_losses_of_the_run_on_eager_attention(flags, tiny_model_dir, sft_file, tmp_path, capsys):
+    run_sft(tiny_model_dir, sft_file, tmp_path / "ours", *FULL, *flags, "--max_steps", "4")
+    assert f"attention kernel: {NAME}" in capsys.readouterr().out
+    run_sft(
+        tiny_model_dir, sft_file, tmp_path / "eager", *FULL, *flags, "--max_steps", "4",
+        "--attn_implementation", "eager",
+    )  # fmt: skip
+    assert losses(tmp_path / "ours") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
+
+
+def test_pretraining_takes_it_too(tiny_model_dir, text_file, tmp_path, capsys):
+    run_pt(tiny_model_dir, text_file, tmp_path / "out", *FULL, "--max_steps", "1")
+    assert f"attention kernel: {NAME}" in capsys.readouterr().out
