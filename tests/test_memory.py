@@ -488,7 +488,7 @@ def test_the_table_says_what_there_is_and_whether_it_fits(llama_8b):
     found = estimate(llama_8b, TrainingSetup(rows=1, length=1024))
     text = describe(found, Memory(64 * GIB, 80 * GIB, "H100"))
     # 16 bytes a parameter: 29.92 GiB each for weights and gradients, 59.83 for AdamW's two moments
-    assert text.count("29.92") == 3  # weights twice: the host holds them while they load
+    assert text.count("29.92") == 4  # the host holds the weights while they load, which is its peak as well
     assert "59.83" in text
     assert "found (H100)" in text
     assert "80.00" in text
@@ -748,7 +748,7 @@ def test_remedies_come_with_the_flags_and_what_they_save():
     found = estimate(plan.model, replace(setup, checkpointing=True))
     saved = (plan.estimate.device - found.device) / GIB
     assert f"saves {saved:.2f} GiB: {found.device / GIB:.2f} GiB in all, fits" in text
-    for flag in ("--model_max_length 1024", "--qlora True", "torchrun --nproc_per_node 2 ... --deepspeed zero3.json"):
+    for flag in ("--model_max_length 1024", "--qlora True", "torchrun --nproc_per_node 8 ... --deepspeed zero3.json"):
         assert flag in text
     assert text.index("--deepspeed") < text.index("--qlora True")
     # an adapter's optimizer is too small to matter, its weights are in bf16, and it is one already
@@ -758,10 +758,10 @@ def test_remedies_come_with_the_flags_and_what_they_save():
 
 def test_the_batch_is_no_smaller_than_it_must_be():
     setup = TrainingSetup(rows=8, length=1024, weight_bytes=2)
-    plan = plan_of(setup, LORA, device_gib=56)
+    plan = plan_of(setup, LORA, device_gib=60)
     half = estimate(plan.model, replace(setup, rows=4, accumulation=2)).device
-    assert fits(half, 56 * GIB)
-    assert not fits(plan.estimate.device, 56 * GIB)
+    assert fits(half, 60 * GIB)
+    assert not fits(plan.estimate.device, 60 * GIB)
     assert "--per_device_train_batch_size 4 --gradient_accumulation_steps 2" in "\n".join(advice(plan))
 
 
@@ -772,7 +772,7 @@ def test_full_training_is_offered_adapters_optimizers_and_zero():
         "--use_peft True --qlora True\n",
         "--optim adafactor\n",
         "--optim paged_adamw_32bit\n",
-        "torchrun --nproc_per_node 4 ... --deepspeed zero3.json\n",
+        "torchrun --nproc_per_node 2 ... --deepspeed zero3.json\n",
     ):
         assert flag in text
     for flag in ("--per_device_train_batch_size", "--gradient_checkpointing"):
@@ -797,7 +797,7 @@ def test_what_is_in_use_is_not_offered():
 
 def test_several_remedies_together():
     setup = TrainingSetup(rows=16, length=4096, weight_bytes=2, lora_dropout=True)
-    lines = advice(plan_of(setup, LoraArguments(), device_gib=19))
+    lines = advice(plan_of(setup, LoraArguments(), device_gib=20))
     assert lines[-1].startswith("1 to 2 together: ")
     assert lines[-1].endswith("GiB in all, fits")
     lines = advice(plan_of(setup, LoraArguments(), device_gib=2))
