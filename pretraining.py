@@ -17,7 +17,7 @@ from stagewise.run.exit_codes import run_script
 class PTArguments:
     """Options of pretraining."""
 
-    _extends_context = True
+    _trains_on_texts = True
 
     block_size: int | None = field(default=None, metadata={"help": "Tokens of a row; unset: --model_max_length."})
     packing: bool = field(

@@ -15,7 +15,7 @@ from stagewise.run.exit_codes import run_script
 class SFTArguments:
     """Options of supervised fine-tuning."""
 
-    _extends_context = True
+    _trains_on_texts = True
 
     packing: bool = field(
         default=False, metadata={"help": "Several conversations in one row without padding, each attending to itself."}

@@ -110,6 +110,12 @@ class ModelArguments:
     load_in_8bit: bool = _option(False, "Frozen weights in 8 bits (int8), an adapter on them.", group="quantization")
     qlora: bool = _option(False, "--load_in_4bit with double quantization, as in QLoRA.", group="quantization")
 
+    router_aux_loss_coef: float | None = _option(
+        None,
+        "Mixtures of experts: coefficient of the loss that balances their routers; unset: as the model's config says.",
+        group="optimisation",
+    )
+
     def __post_init__(self) -> None:
         _require_choices(self)
         if not self.model_name_or_path and not self.config_name:
@@ -121,6 +127,8 @@ class ModelArguments:
                 f"--config_name: found {self.config_name!r} beside --model_name_or_path; "
                 "give one: the first starts from random weights, the second from trained ones"
             )
+        coefficient = self.router_aux_loss_coef
+        _require(coefficient is None or coefficient >= 0, "router_aux_loss_coef", coefficient, "0 (none) or more")
         self._check_attention()
         self._check_quantization()
 
@@ -698,11 +706,9 @@ def parse_arguments(
 
 
 def _check_stage(arguments: Sequence[Any], prog: str) -> None:
-    """Refuse LongLoRA's flags in stages that do not train on long texts; those that do say `_extends_context`."""
-    if any(getattr(each, "_extends_context", False) for each in arguments):
+    """Refuse what only training on texts can do; stages that do it say `_trains_on_texts`."""
+    if any(getattr(each, "_trains_on_texts", False) for each in arguments):
         return
-    for flag in ("shift_attn", "trainable_params"):
+    for flag in ("shift_attn", "trainable_params", "router_aux_loss_coef"):
         if any(getattr(each, flag, None) for each in arguments):
-            raise InputError(
-                f"--{flag}: not for {prog}; long texts are trained by pretraining.py and supervised_finetuning.py"
-            )
+            raise InputError(f"--{flag}: not for {prog}; it is one of pretraining.py and supervised_finetuning.py")

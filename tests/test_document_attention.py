@@ -132,7 +132,9 @@ def test_gradient_checkpointing_changes_nothing():
         torch.testing.assert_close(found.grad, expected)
 
 
-@pytest.mark.parametrize(("name", "kernel"), [("bloom", "eager"), ("falcon", "sdpa"), ("gemma2", "eager"), ("llama", "eager")])
+@pytest.mark.parametrize(
+    ("name", "kernel"), [("bloom", "eager"), ("falcon", "sdpa"), ("gemma2", "eager"), ("llama", "eager")]
+)
 def test_other_kernels_and_architectures_are_left_alone(name, kernel):
     changes = {"n_head": 4, "n_layer": 1} if name == "bloom" else {"head_dim": 8} if name == "gemma2" else {}
     config = AutoConfig.for_model(name, **{**SIZES, **changes})

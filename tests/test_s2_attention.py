@@ -517,5 +517,5 @@ def test_other_stages_refuse_before_anything_is_loaded(stage, flags, tmp_path):
     arguments += ["--output_dir", str(tmp_path / "out"), *flags]
     if stage == "ppo_training":
         arguments += ["--reward_model_path", str(tmp_path / "none")]
-    with pytest.raises(InputError, match=rf"{flags[0]}: not for {stage}.py; long texts are trained by pretraining.py"):
+    with pytest.raises(InputError, match=rf"{flags[0]}: not for {stage}.py; it is one of pretraining.py"):
         importlib.import_module(stage).main(arguments)

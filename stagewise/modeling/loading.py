@@ -17,11 +17,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from stagewise.arguments import ModelArguments
 from stagewise.errors import InputError
 from stagewise.modeling.attention import is_flash, require_flash_attention
+from stagewise.modeling.experts import find_router_loss, gather_experts_together
 from stagewise.modeling.quantization import Quantization, loading_options, settle_quantized
 from stagewise.modeling.rope_scaling import (
     check_rope,
@@ -117,7 +119,8 @@ def load_causal_lm(
     model = _build_model(AutoModelForCausalLM, args, load_config(args), dtype, quantization)
     _settle_positions(model, args)
     fit_embedding(model, tokenizer)
-    if token_loss and not install_token_loss(model, label_smoothing):
+    router_loss = find_router_loss(model, args.router_aux_loss_coef)
+    if token_loss and not install_token_loss(model, label_smoothing, router_loss):
         logger.warning(
             "%s does more than head(decoder(x)): its own logits are used, whole in memory", type(model).__name__
         )
@@ -288,6 +291,8 @@ def _build_model(
         **attention,
     )
     settle_quantized(model, quantization.compute_dtype if quantization else None)
+    if is_deepspeed_zero3_enabled():
+        gather_experts_together(model)
     return model
 
 

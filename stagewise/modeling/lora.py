@@ -45,7 +45,13 @@ def attach_adapter(
     if args.peft_path:
         peft_model = _load_adapter(model, args.peft_path, task_type)
     else:
-        peft_model = get_peft_model(model, lora_config(model, args, task_type, trains_new_tokens))
+        config = lora_config(model, args, task_type, trains_new_tokens)
+        wanted = set(config.target_modules or ()) if config.target_parameters else set()
+        try:
+            peft_model = get_peft_model(model, config)
+        except ValueError as error:
+            raise InputError(f"--target_modules {args.target_modules}: {error}") from error
+        _report_left_out(peft_model, wanted)
     if args.trainable_params:
         _train_in_float32(peft_model)
     trainable, total = peft_model.get_nb_trainable_parameters()
@@ -78,9 +84,13 @@ def lora_config(model: PreTrainedModel, args: LoraArguments, task_type: str, tra
     saved = [*dict.fromkeys((saved or []) + parts)] or None
     has_head = model.get_output_embeddings() is not None  # of a vocabulary; a reward model has none
     tied = getattr(model.config, "tie_word_embeddings", False) and has_head and _holds_embedding(model, saved)
+    modules, experts = target_modules(model, args.target_modules)
+    if experts:
+        _check_experts(model, args, experts)
     return LoraConfig(
         task_type=task_type,
-        target_modules=target_modules(model, args.target_modules),
+        target_modules=modules,
+        target_parameters=experts or None,
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
@@ -120,13 +130,75 @@ def check_adapter(path: str, task_type: str) -> None:
         )
 
 
-def target_modules(model: nn.Module, spec: str) -> str | list[str]:
-    """`all` -> every linear layer but the head; otherwise the named modules, each of which must exist."""
+def target_modules(model: nn.Module, spec: str) -> tuple[str | list[str], list[str]]:
+    """What --target_modules means in this model: (linear layers, experts).
+
+    `all` is every linear layer but the head, and every expert of a mixture; names are those of linear layers or of
+    experts, each of which must exist. The experts of a layer are one parameter of three dimensions (gate_up_proj,
+    down_proj), or both of them by the name of the module that holds them (experts). Routers have no adapter: an update
+    of theirs changes which experts see a token, and not what they make of it.
+
+    In a mixture all targets are full paths: of some names (gate_proj) peft makes others, and adapts the routers.
+    """
+    experts = expert_parameters(model)
+    if not experts:
+        if spec == "all":
+            return "all-linear", []
+        names = [name.strip() for name in spec.split(",") if name.strip()]
+        _require_modules(model, names, "--target_modules", linear_only=True)
+        return names, []
+    head = model.get_output_embeddings()
+    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
     if spec == "all":
-        return "all-linear"
+        return linear, experts
     names = [name.strip() for name in spec.split(",") if name.strip()]
-    _require_modules(model, names, "--target_modules", linear_only=True)
-    return names
+    missing = [name for name in names if not any(_is_called(path, name) for path in linear + experts)]
+    if missing:
+        there = sorted({path.rpartition(".")[-1] for path in linear + experts})
+        raise InputError(
+            f"--target_modules {spec}: no linear layer and no experts named {', '.join(missing)}; there is: experts, "
+            f"{', '.join(there)}"
+        )
+
+    def chosen(paths: list[str]) -> list[str]:
+        return [path for path in paths if any(_is_called(path, name) for name in names)]
+
+    return chosen(linear), chosen(experts)
+
+
+def expert_parameters(model: nn.Module) -> list[str]:
+    """Paths of the parameters that hold all experts of a layer, (experts, ., .) each; [] without a mixture."""
+    return [path for path, parameter in model.named_parameters() if "expert" in path and _dimensions(parameter) == 3]
+
+
+def _dimensions(parameter: nn.Parameter) -> int:
+    return len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves nothing of a parameter in place
+
+
+def _is_called(path: str, name: str) -> bool:
+    """Whether a module's or parameter's path ends with this name, or its holder's does."""
+    return f".{path}".endswith(f".{name}") or f".{path.rpartition('.')[0]}".endswith(f".{name}")
+
+
+def _report_left_out(peft_model: nn.Module, wanted: set[str]) -> None:
+    """Of a mixture with dense layers, whose names peft takes for those of experts."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = peft_model.get_base_model()
+    left_out = wanted - {path for path, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+    if left_out:
+        logger.warning("peft puts no adapter on %d dense layers: %s", len(left_out), ", ".join(sorted(left_out)[:6]))
+
+
+def _check_experts(model: nn.Module, args: LoraArguments, experts: list[str]) -> None:
+    """Experts that share a parameter are adapted by adding to it, so that there is no input to drop out of."""
+    for flag, used in (("lora_dropout", args.lora_dropout > 0), ("use_dora", args.use_dora)):
+        if used:
+            found = getattr(args, flag)
+            raise InputError(
+                f"--{flag} {found}: the experts of {type(model).__name__} ({experts[0]} and others) cannot have it; "
+                f"pass --{flag} {type(found)(0)}, or name other layers: --target_modules q_proj,k_proj,v_proj,o_proj"
+            )
 
 
 def modules_to_save(model: nn.Module, spec: str | None) -> list[str] | None:

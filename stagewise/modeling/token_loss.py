@@ -10,23 +10,27 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from stagewise.losses.logprobs import IGNORE_INDEX, head_cross_entropy, linear_cross_entropy
+from stagewise.modeling.experts import RouterLoss
 
 
 @dataclass
 class TokenLossOutput(ModelOutput):
     """What a forward pass with labels returns.
 
-    loss: scalar, sum over trained tokens of weight * cross-entropy.
+    loss: scalar, sum over trained tokens of weight * cross-entropy; in training, with router_loss added where there is
+        one.
     row_nll: (B,), the detached sum of the negative log-likelihoods of each row's trained tokens.
     row_tokens: (B,), how many trained tokens each row has.
+    router_loss: scalar, detached, of a mixture of experts (see RouterLoss), before its coefficient.
     """
 
     loss: Tensor | None = None
     row_nll: Tensor | None = None
     row_tokens: Tensor | None = None
+    router_loss: Tensor | None = None
 
 
-def install_token_loss(model: nn.Module, label_smoothing: float = 0.0) -> bool:
+def install_token_loss(model: nn.Module, label_smoothing: float = 0.0, router_loss: RouterLoss | None = None) -> bool:
     """Replace `model.forward` for calls with labels: hidden states of trained positions only, then a chunked loss.
 
     Positions whose next label is IGNORE_INDEX never reach the head. The replacement works for every architecture
@@ -37,6 +41,7 @@ def install_token_loss(model: nn.Module, label_smoothing: float = 0.0) -> bool:
     Args:
         model: a transformers causal LM (not yet wrapped by peft).
         label_smoothing: as torch.nn.functional.cross_entropy defines it.
+        router_loss: what is added in training for a mixture of experts.
 
     Returns:
         True if the chunked loss is in use, False if the architecture's own logits are.
@@ -58,15 +63,27 @@ def install_token_loss(model: nn.Module, label_smoothing: float = 0.0) -> bool:
             weights = torch.ones_like(targets, dtype=torch.float32) / count
         else:
             weights = token_weights[:, 1:][trained]
+        routing = router_loss if self.training else None
+        if routing is not None:
+            kwargs["output_router_logits"] = True
         if chunked:
-            hidden = last_hidden_state(self, *args, **kwargs)[:, :-1][trained]
+            outputs = _decode(self, *args, **kwargs)
+            hidden = outputs.last_hidden_state[:, :-1][trained]
             loss, nll = _head_loss(self, hidden, targets, weights, transform, label_smoothing)
         else:
-            logits = original(*args, **kwargs).logits[:, :-1][trained]
+            outputs = original(*args, **kwargs)
+            logits = outputs.logits[:, :-1][trained]
             loss, nll = head_cross_entropy(logits, lambda z: z, targets, weights, logits.shape[-1], label_smoothing)
+        balance = None
+        if routing is not None:
+            balance = routing(outputs.router_logits, kwargs.get("attention_mask"))
+            # this batch's share of an optimizer step, as its tokens have it in the loss
+            share = 1.0 if num_items_in_batch is None else targets.numel() / num_items_in_batch
+            loss = loss + routing.coefficient * share * balance
+            balance = balance.detach()
         rows = trained.nonzero()[:, 0]
         row_nll = nll.new_zeros(labels.shape[0]).index_add_(0, rows, nll)
-        return TokenLossOutput(loss=loss, row_nll=row_nll, row_tokens=trained.sum(1))
+        return TokenLossOutput(loss=loss, row_nll=row_nll, row_tokens=trained.sum(1), router_loss=balance)
 
     model.forward = types.MethodType(forward, model)
     return chunked
@@ -101,10 +118,14 @@ def _is_plain_linear(head: nn.Module) -> bool:
 
 
 def last_hidden_state(model, *args, **kwargs) -> Tensor:
+    return _decode(model, *args, **kwargs).last_hidden_state
+
+
+def _decode(model, *args, **kwargs) -> ModelOutput:
     kwargs.pop("logits_to_keep", None)
     kwargs.pop("return_dict", None)
     kwargs.setdefault("use_cache", False)
-    return model.get_decoder()(*args, **kwargs).last_hidden_state
+    return model.get_decoder()(*args, **kwargs)
 
 
 def logit_transform(config) -> Callable[[Tensor], Tensor] | None:
@@ -130,9 +151,8 @@ def logit_transform(config) -> Callable[[Tensor], Tensor] | None:
 def hidden_states_reproduce_logits(model, original, transform) -> bool:
     """Compare head(decoder(x)) with the architecture's own logits on a handful of tokens."""
     config = model.config.get_text_config()
-    wants_router_loss = getattr(config, "output_router_logits", False)  # its auxiliary loss is in the own forward
     sharded = any(hasattr(p, "ds_id") for p in model.parameters())
-    if wants_router_loss or not hasattr(model, "get_decoder") or model.get_output_embeddings() is None:
+    if not hasattr(model, "get_decoder") or model.get_output_embeddings() is None:
         return False
     device = model.get_input_embeddings().weight.device
     if device.type == "meta" or sharded:

@@ -266,13 +266,18 @@ def merge(base: MergeBase, lora_model: str, tokenizer, dtype: torch.dtype) -> tu
 @torch.no_grad()
 def merge_layers(peft_model: nn.Module, dtype: torch.dtype) -> float:
     """Merge each adapted layer in place; returns rms(cast(W + U) - (W + U)) / rms(U) over all of them."""
+    from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
+
+    def weight(layer: BaseTunerLayer) -> Tensor:
+        found = layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight
+        return found.detach()
 
     rounding = update = 0.0
     for layer in (m for m in peft_model.modules() if isinstance(m, BaseTunerLayer)):
-        before = layer.get_base_layer().weight.detach().clone()
+        before = weight(layer).clone()
         layer.merge(safe_merge=True)
-        after = layer.get_base_layer().weight.detach()
+        after = weight(layer)
         rounding += (after.to(dtype).float() - after).double().pow(2).sum().item()
         update += (after - before).double().pow(2).sum().item()
     return (rounding / update) ** 0.5 if update else 0.0

@@ -28,13 +28,23 @@ class CausalLMTrainer(StageTrainerMixin, Trainer):
         super().__init__(*args, compute_metrics=self._evaluation_metrics, **kwargs)
         self.dataset_names = dataset_names
         self.model_accepts_loss_kwargs = True  # forward divides by num_items_in_batch
+        self._router_losses: list[torch.Tensor] = []  # of the batches since the last log, where there are routers
         self.label_smoother = None  # the model's own loss smooths
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
         self.count_tokens(inputs.pop(NUM_TOKENS, None))
         inputs.pop(DATASET_ID, None)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if outputs.get("router_loss") is not None:
+            self._router_losses.append(outputs["router_loss"])
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self._router_losses:
+            logs["router_loss"] = torch.stack(self._router_losses).mean().item()
+            self._router_losses.clear()
+        super().log(logs, start_time)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Returns (None, (B, 2) negative log-likelihood and count of each row's trained tokens, (B,) dataset ids)."""
