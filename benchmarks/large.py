@@ -107,7 +107,8 @@ def train(model: Path, texts: Path, output: Path, row: int, size: dict, flags: l
     """One run of pretraining.py."""
     command = [
         sys.executable, str(ROOT / "pretraining.py"), "--model_name_or_path", str(model),
-        "--train_file_dir", str(texts), "--output_dir", str(output), "--do_train", "True", "--block_size", str(row), "--max_steps", str(steps),
+        "--train_file_dir", str(texts), "--output_dir", str(output),
+        "--do_train", "True", "--block_size", str(row), "--max_steps", str(steps),
         "--per_device_train_batch_size", "1", "--lora_rank", "8", "--lora_dropout", "0", "--learning_rate", "1e-4",
         "--logging_steps", "1", "--save_strategy", "no", "--report_to", "none", "--validation_split_percentage", "0",
         *(("--bf16", "True") if size["dtype"] == "bfloat16" else ()), *flags,

@@ -7,6 +7,7 @@ import torch
 from transformers import EvalPrediction, Trainer
 
 from stagewise.errors import InputError
+from stagewise.modeling.liger import liger_config
 from stagewise.trainers.stage import DATASET_ID, NUM_TOKENS, StageTrainerMixin
 
 
@@ -22,9 +23,11 @@ class CausalLMTrainer(StageTrainerMixin, Trainer):
     """
 
     def __init__(self, *args, dataset_names: tuple[str, ...] = (), **kwargs):
-        for flag in ("use_liger_kernel", "batch_eval_metrics"):
-            if getattr(kwargs["args"], flag):
-                raise InputError(f"--{flag}: the loss is computed here, without whole logits; leave the flag out")
+        arguments = kwargs["args"]
+        if arguments.batch_eval_metrics:
+            raise InputError("--batch_eval_metrics: there are no logits to evaluate in batches; leave the flag out")
+        if arguments.use_liger_kernel:
+            arguments.liger_kernel_config = liger_config(arguments.liger_kernel_config)
         super().__init__(*args, compute_metrics=self._evaluation_metrics, **kwargs)
         self.dataset_names = dataset_names
         self.model_accepts_loss_kwargs = True  # forward divides by num_items_in_batch

@@ -1,4 +1,4 @@
-"""--flash_attn: refused where it cannot run, and fed so that packed documents stay apart. No kernel runs here."""
+"""--flash_attn and --use_liger_kernel, as far as that goes without a GPU: what is refused, what kernels are given."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from transformers.integrations import sdpa_attention
 
 from stagewise.data.collators import CausalLMCollator
 from stagewise.errors import InputError
-from stagewise.modeling import attention
+from stagewise.modeling import attention, liger
 from stagewise.modeling.attention import check_kernel, require_flash_attention
 from tests.stages import LORA, run_pt, run_sft
 
@@ -139,3 +139,29 @@ def test_numbers_of_32_bits_are_refused(dtype, autocast, refused, pretended_kern
             check_kernel(model, autocast)
     else:
         check_kernel(model, autocast)
+
+
+# Liger.
+
+
+@pytest.mark.parametrize(
+    ("installed", "gpu", "config", "message"),
+    [
+        (False, True, None, "pip install liger-kernel"),
+        (True, False, None, "run on GPUs alone"),
+        (True, True, {"fused_linear_cross_entropy": True}, "found fused_linear_cross_entropy"),
+    ],
+)
+def test_liger_is_refused_with_the_remedy(installed, gpu, config, message, monkeypatch):
+    monkeypatch.setattr(liger, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    with pytest.raises(InputError, match=message):
+        liger.liger_config(config)
+
+
+def test_ligers_kernels_leave_the_loss_alone(monkeypatch):
+    monkeypatch.setattr(liger, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    off = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    assert liger.liger_config(None) == off
+    assert liger.liger_config({"rope": False}) == off | {"rope": False}

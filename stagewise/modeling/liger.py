@@ -1,0 +1,30 @@
+"""Liger's fused kernels (arXiv 2410.10989) for norms, rotary positions and feed-forward parts, beside our own loss."""
+
+from importlib.util import find_spec
+
+import torch
+
+from stagewise.errors import InputError
+
+# Their cross-entropy kernels replace a model's forward pass, and with it the loss that weighs tokens as a run wants.
+LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
+
+
+def liger_config(found: dict | None) -> dict:
+    """What --liger_kernel_config has to be, without the kernels of the loss.
+
+    Raises:
+        InputError: the package or a GPU is missing, or a kernel of the loss is asked for.
+    """
+    found = dict(found or {})
+    asked = [name for name in LOSSES if found.get(name)]
+    if asked:
+        raise InputError(
+            f"--liger_kernel_config: found {asked[0]}; the loss here never holds whole logits either, and "
+            "weighs tokens as the run wants; leave it out"
+        )
+    if find_spec("liger_kernel") is None:
+        raise InputError("--use_liger_kernel: the package is not installed: pip install liger-kernel, or leave it out")
+    if not torch.cuda.is_available():
+        raise InputError("--use_liger_kernel: its kernels run on GPUs alone, and none is found; leave it out")
+    return found | dict.fromkeys(LOSSES, False)
