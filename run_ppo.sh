@@ -15,11 +15,12 @@ VALIDATION="${VALIDATION:-examples/reward/validation}"
 
 if [ -n "$EMBEDDED" ]; then
     [ -f "$MODEL/stage.json" ] || TEMPLATE="${TEMPLATE:-chatml}"
-    # few numbers are trained, on many short answers: less of the KL is spent on noise
-    PRESET=(--lora_rank 4 --lora_alpha 8 --lora_dropout 0 --target_modules down_proj --learning_rate 6e-3
-        --lr_scheduler_type constant --max_new_tokens 40 --temperature 1.0 --max_steps 30 --rollout_batch_size 128
-        --per_device_train_batch_size 16 --gradient_accumulation_steps 4 --num_mini_batches 2 --num_ppo_epochs 1
-        --kl_coef 0.1 --lam 1.0 --vf_coef 0.5 --cliprange_value 5 --value_init zero --per_device_eval_batch_size 40)
+    # a small model's answers are long and garbled: short ones that come to an end are what it can learn in two minutes
+    PRESET=(--lora_rank 4 --lora_alpha 8 --lora_dropout 0 --target_modules down_proj --learning_rate 8e-3
+        --lr_scheduler_type linear --max_new_tokens 12 --missing_eos_penalty 1.0 --temperature 1.0 --max_steps 30
+        --rollout_batch_size 128 --per_device_train_batch_size 16 --gradient_accumulation_steps 4 --num_mini_batches 2
+        --num_ppo_epochs 1 --kl_coef 0.05 --lam 1.0 --vf_coef 0.5 --cliprange_value 5 --value_init zero
+        --per_device_eval_batch_size 40)
 else
     PRESET=(--lora_rank 8 --lora_alpha 16 --lora_dropout 0 --max_prompt_length 512 --max_new_tokens 256
         --num_train_epochs 1 --learning_rate 1e-5 --lr_scheduler_type linear --per_device_train_batch_size 4 --gradient_accumulation_steps 8

@@ -12,11 +12,10 @@ OUTPUT="${OUTPUT:-outputs/rm}"
 TRAIN="${TRAIN:-examples/reward/train}"
 VALIDATION="${VALIDATION:-examples/reward/validation}"
 
-if [ -n "$EMBEDDED" ]; then # a small model on few pairs: a high rate, and it is learnt in three rounds
+if [ -n "$EMBEDDED" ]; then # a small model on few pairs: a high rate; centred scores depend less on the question
     [ -f "$MODEL/stage.json" ] || TEMPLATE="${TEMPLATE:-chatml}"
-    PRESET=(--lora_rank 64 --lora_alpha 64 --lora_dropout 0 --modules_to_save embed_tokens,score --max_length 256
-        --num_train_epochs 3 --learning_rate 5e-4 --warmup_steps 10 --per_device_train_batch_size 8
-        --eval_strategy epoch)
+    PRESET=(--lora_rank 8 --lora_alpha 16 --lora_dropout 0 --max_length 256 --num_train_epochs 2 --learning_rate 1e-3
+        --warmup_steps 5 --per_device_train_batch_size 8 --eval_strategy epoch --center_rewards_coefficient 0.3)
 else
     PRESET=(--lora_rank 8 --lora_alpha 16 --max_length 1024 --num_train_epochs 1 --learning_rate 2e-5
         --warmup_steps 0.05 --per_device_train_batch_size 4 --gradient_accumulation_steps 4 --eval_strategy steps
