@@ -972,6 +972,18 @@ def test_a_language_model_is_no_reward_model(actor, tiny_model_dir, tokenizer, t
             load_reward_model(str(folder), actor, tokenizer, [], 3)
 
 
+def test_a_reward_adapter_on_other_experts_is_a_model_of_its_own(tokenizer, tmp_path, log):
+    base, folder = tmp_path / "base", tmp_path / "rm"
+    build("mixtral").save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    attach_adapter(model, lora(target_modules="down_proj"), "SEQ_CLS").save_pretrained(folder)
+    actor = ActorCritic(attach_adapter(AutoModelForCausalLM.from_pretrained(base), lora())).eval()
+    load_reward_model(str(folder), actor, tokenizer, [], batch_size=3)
+    assert "on the policy's own base" not in " ".join(log)
+
+
 @pytest.mark.parametrize(
     "name", ["llama tied", "mistral", "qwen2", "qwen3", "phi", "mixtral", "gemma2", "gpt2", "bloom"]
 )
@@ -982,7 +994,7 @@ def test_reward_adapters_of_other_architectures_score_as_they_did_alone(name, to
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
-    alone = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", r=4)).eval()
+    alone = attach_adapter(model, lora(), "SEQ_CLS").eval()
     for parameter in alone.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)

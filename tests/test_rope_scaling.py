@@ -502,7 +502,7 @@ def test_an_adapter_meets_a_base_that_it_was_not_trained_on(short_model_dir, ada
 def test_inference_takes_the_setting_of_training(short_model_dir, adapters, capsys):
     import inference
 
-    command = ["--model_name_or_path", short_model_dir, "--lora_model", str(adapters("linear")), "--prompt", "a " * 40]
+    command = ["--model_name_or_path", short_model_dir, "--lora_model", str(adapters("linear")), "--prompt", "a " * 50]
     command += ["--max_new_tokens", "4"]
     wanted = inference.main(command)
     same = [*command, "--rope_scaling", "linear", "--model_max_length", "128"]
@@ -730,7 +730,7 @@ def door_loss(folder: Path, length: int) -> float:
 @pytest.fixture(scope="module")
 def short_sighted(needle) -> Path:
     """Trained from random weights on rows of 250 tokens, within its 256 positions."""
-    learn(needle, needle / "trained", "--config_name", str(needle), "--max_steps", "110", "--learning_rate", "5e-3")
+    learn(needle, needle / "trained", "--config_name", str(needle), "--max_steps", "200", "--learning_rate", "5e-3")
     assert door_loss(needle / "trained", 250) < 0.3
     return needle / "trained"
 

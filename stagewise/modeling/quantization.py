@@ -359,6 +359,8 @@ def dequantize(model: PreTrainedModel) -> PreTrainedModel:
     """A plain model with the values that the quantized layers stand for, in the data type they compute in."""
     plain = model.dequantize(dtype=model.dtype)
     plain.is_loaded_in_4bit = plain.is_loaded_in_8bit = False
+    # how it was read from the file, which saving would undo; of packed weights it cannot
+    plain._weight_conversions = None
     return plain
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from stagewise.errors import InputError
-from stagewise.modeling.actor_critic import REWARD, ActorCritic
+from stagewise.modeling.actor_critic import POLICY, REWARD, ActorCritic
 from stagewise.modeling.generation import load_for_inference
 from stagewise.modeling.loading import SCORE_HEADS, is_reward_model, prepare_scoring
 from stagewise.modeling.quantization import TrainedBase, quantization_of
@@ -277,6 +277,9 @@ def _join_base(path: str, actor: ActorCritic, tokenizer) -> PreTrainedModel | No
         return None
 
     adapter = LoraConfig.from_pretrained(path)
+    experts = set(adapter.target_parameters or ())
+    if experts and experts != set(actor.policy.peft_config[POLICY].target_parameters or ()):
+        return None  # of parameters that are not linear layers, peft wants the same set for all adapters
     beside = [name for name in adapter.modules_to_save or [] if name not in SCORE_HEADS]
     adapter.modules_to_save, adapter.task_type, adapter.inference_mode = beside or None, "CAUSAL_LM", True
     weights = load_peft_weights(path, device="cpu")
