@@ -166,14 +166,30 @@ def run_llamafactory(model: Path, data: Path, folder: Path, args, packed: bool) 
         "output_dir": str(folder / "out"), "num_train_epochs": 1, "learning_rate": LEARNING_RATE, "logging_steps": 1,
         "save_strategy": "no", "report_to": "none", "per_device_train_batch_size": args.packed_rows
         if packed else args.batch_rows, "packing": packed, "neat_packing": packed, "overwrite_cache": True,
-        "include_num_input_tokens_seen": "non_padding", "disable_gradient_checkpointing": True, "flash_attn": "sdpa",
+        "disable_gradient_checkpointing": True, "flash_attn": "sdpa",
         **json.loads(args.llamafactory_options),
     }  # fmt: skip
     (site / "run.yaml").write_text(yaml.safe_dump(config))
     command = [args.llamafactory, str(Path(__file__).with_name("llamafactory_run.py")), str(site / "run.yaml")]
     started, steps, memory = measure(command, folder, args.threads)
     results = json.loads((folder / "out" / "train_results.json").read_text())
+    # of packed rows it counts the numbers of the documents; every row is seen once, so the sum is known
+    even = count_tokens(model, data, args.max_length) / len(steps)
+    steps = [(at, round(even * (i + 1))) for i, (at, _) in enumerate(steps)]
     return figures(started, steps, memory, results["train_loss"])
+
+
+def count_tokens(model: Path, data: Path, max_length: int) -> int:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    roles = {"human": "user", "gpt": "assistant"}
+    count = 0
+    for row in map(json.loads, data.read_text().splitlines()):
+        messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
+        ids = tokenizer.apply_chat_template(messages, return_dict=False)
+        count += min(len(ids), max_length)
+    return count
 
 
 def child_command(name: str, argv: list[str]) -> list[str]:
@@ -217,6 +233,7 @@ def main(argv: list[str] | None = None) -> dict:
         model = folder / "model"
         shape = [f"--{key}={getattr(args, key)}" for key in ("hidden_size", "num_hidden_layers", "vocab_size")]
         parameters = build(["--output_dir", str(model), *shape])["parameters"]
+        add_chat_template(model)
         conversations, prompts = folder / "chats.jsonl", folder / "prompts.jsonl"
         write_conversations(conversations, args.rows)
         write_prompts(conversations, prompts)
@@ -233,6 +250,18 @@ def main(argv: list[str] | None = None) -> dict:
     print(json.dumps(report, indent=2))
     print(table(report, settings))
     return report
+
+
+def add_chat_template(model: Path) -> None:
+    """Peers render by the tokenizer's own template: it gets ours of chatml."""
+    from transformers import AutoTokenizer
+
+    from stagewise.data.loading import chat_template
+    from template import get_template
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = chat_template(get_template("chatml"), tokenizer)
+    tokenizer.save_pretrained(model)
 
 
 def write_prompts(conversations: Path, path: Path) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks.generate import write_conversations
-from benchmarks.peers import write_prompts
+from benchmarks.peers import add_chat_template, write_prompts
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LENGTH = 2048
@@ -136,6 +136,7 @@ def main(argv: list[str] | None = None) -> dict:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         build(["--output_dir", str(folder / "model"), "--hidden_size", "64", "--num_hidden_layers", "1"])
+        add_chat_template(folder / "model")
         first = measure(max(1000, args.rows // 100), str(folder / "model"), folder, args.workers)
         whole = measure(args.rows, str(folder / "model"), folder, args.workers)
         peers = measure_peers(args, folder)
