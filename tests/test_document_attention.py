@@ -71,10 +71,13 @@ def count_whole_rows(monkeypatch) -> list:
     return calls
 
 
+@pytest.mark.parametrize("together", [False, True])  # as on CPUs, as on accelerators
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("make", [packed_batch, padded_batch])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_logits_and_gradients_are_those_of_sdpa(name, make, mode, monkeypatch):
+def test_logits_and_gradients_are_those_of_sdpa(name, make, mode, together, monkeypatch):
+    if together:
+        monkeypatch.setattr(document_attention, "_calls_are_cheap", lambda query: False)
     torch.manual_seed(1)
     batch, model = make(), build(name)
     model.train(mode == "train")
@@ -107,6 +110,14 @@ def test_left_padding_and_generation_are_those_of_sdpa(name, monkeypatch):
     assert torch.equal(model(input_ids=ids, attention_mask=mask).logits[mask.bool()], expected[mask.bool()])
     assert fallbacks
     assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False), answers)
+
+
+def test_documents_and_runs_of_single_tokens():
+    starts = torch.tensor([[1, 0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0, 1]], dtype=torch.bool)
+    found = segments.find_documents(starts)
+    spans = [(block[0].start, block[2].start, block[2].stop) for block in found.blocks]
+    assert spans == [(0, 0, 3), (0, 3, 5), (0, 5, 7), (1, 0, 3), (1, 3, 6), (1, 6, 7)]
+    assert found.single == [False, True, False, True, False, True]
 
 
 def test_a_mask_of_the_callers_is_obeyed():

@@ -1,12 +1,14 @@
 """Attention document by document: what `sdpa` computes, without a mask and without the work of whole rows.
 
 For packed rows transformers hands SDPA a mask of L x L, and the kernel computes scores of all pairs of tokens, most
-of them in different documents. Here documents of about one length go through SDPA together, each with itself alone.
-Rows with padding on the right need no mask either: no real token sees what stands behind it. What a padding token's
-output is, is left open. All else (padding on the left, a cache, masks of the caller's) goes through `sdpa`.
+of them in different documents. Here each document is by itself: on accelerators those of about one length go through
+SDPA together, on CPUs each in a call of its own. Rows with padding on the right need no mask either: no real token sees
+what stands behind it. What a padding token's output is, is left open. All else (padding on the left, a cache, masks of
+the caller's) goes through `sdpa`.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +16,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from stagewise.modeling.segments import (
     SCORE_CHANGES,
+    Cut,
     DeferredMask,
+    Join,
     Layout,
     NoSegmentsError,
     attend_pieces,
@@ -86,7 +90,26 @@ def document_attention(
     attend = functools.partial(causal_attention, dropout=dropout, scale=scale, window=layout.window)
     if layout.starts is None:
         return attend(query, key, value).transpose(1, 2)
+    if _calls_are_cheap(query) and not dropout:
+        return _one_by_one(query, key, value, layout, attend)
     rows, length = query.shape[0], query.shape[2]
     pieces = layout.pieces(length, 0, query.device)
     tokens = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     return attend_pieces(pieces, attend, *tokens).unflatten(0, (rows, length))
+
+
+def _calls_are_cheap(query: Tensor) -> bool:
+    """On CPUs a call costs less than copies and padding."""
+    return query.device.type == "cpu"
+
+
+def _one_by_one(query: Tensor, key: Tensor, value: Tensor, layout: Layout, attend: Callable[..., Tensor]) -> Tensor:
+    """A call for each document, on views of the rows."""
+    documents = layout.documents()
+    repeats = query.shape[1] // key.shape[1]
+    outs = []
+    cuts = (Cut.apply(x, documents.blocks) for x in (query, key, value))
+    for single, q, k, v in zip(documents.single, *cuts, strict=True):
+        out = v.repeat_interleave(repeats, 1) if single else attend(q, k, v)  # one token sees itself alone
+        outs.append(out.transpose(1, 2))
+    return Join.apply(query.shape, documents.blocks, *outs)

@@ -12,7 +12,7 @@ makes of it.
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,7 +22,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from stagewise.errors import InputError
 from stagewise.modeling.segments import (
     SCORE_CHANGES,
+    Block,
+    Cut,
     DeferredMask,
+    Join,
     Layout,
     NoSegmentsError,
     attend_pieces,
@@ -150,56 +153,22 @@ def _attend_rows(query: Tensor, key: Tensor, value: Tensor, group: int, attend: 
     for parts in zip(*cuts, strict=True):
         out = attend(*(_as_batch(x, group) for x in parts)).transpose(1, 2)
         outs.append(out.reshape(len(query), -1, *out.shape[2:]))
-    return Join.apply(blocks[0], *outs)
+    return Join.apply(query.shape, blocks[0], *outs)
 
 
-def _blocks(heads: int, length: int, group: int) -> Iterator[tuple[slice, slice]]:
-    """(heads, tokens) of what is attended to in one call: whole groups together, a shorter segment at either end."""
+def _blocks(heads: int, length: int, group: int) -> Iterator[Block]:
+    """What is attended to in one call: whole groups together, a shorter segment at either end."""
     for half, shift in _halves(heads, group):
         shift = min(shift, length)
         whole = shift + (length - shift) // group * group
         for start, end in itertools.pairwise((0, shift, whole, length)):
             if start < end:
-                yield half, slice(start, end)
+                yield slice(None), half, slice(start, end)
 
 
 def _as_batch(x: Tensor, group: int) -> Tensor:
     """(B, h, n * group, D) -> (B * n, h, group, D); a shorter segment as it is."""
     return x if x.shape[2] <= group else x.unflatten(2, (-1, group)).transpose(1, 2).flatten(0, 1)
-
-
-class Cut(torch.autograd.Function):
-    """(B, H, L, D) -> views of blocks (heads, tokens) that cover it. Slices alone would add up whole gradients."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, blocks: list[tuple[slice, slice]]) -> tuple[Tensor, ...]:
-        ctx.blocks = blocks
-        return tuple(x[:, heads, tokens] for heads, tokens in blocks)
-
-    @staticmethod
-    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _join(ctx.blocks, [g.transpose(1, 2) for g in gradients]).transpose(1, 2), None
-
-
-class Join(torch.autograd.Function):
-    """Blocks (B, l, h, D), given as (heads, tokens) -> (B, L, H, D), in one copy."""
-
-    @staticmethod
-    def forward(ctx, blocks: list[tuple[slice, slice]], *parts: Tensor) -> Tensor:
-        ctx.blocks = blocks
-        return _join(blocks, parts)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(gradient[:, tokens, heads] for heads, tokens in ctx.blocks)
-
-
-def _join(blocks: Sequence[tuple[slice, slice]], parts: Sequence[Tensor]) -> Tensor:
-    heads, length = blocks[-1][0].stop, blocks[-1][1].stop
-    out = parts[0].new_empty(len(parts[0]), length, heads, parts[0].shape[-1])
-    for (where, tokens), part in zip(blocks, parts, strict=True):
-        out[:, tokens, where] = part
-    return out
 
 
 def _attend_documents(

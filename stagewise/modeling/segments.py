@@ -5,7 +5,8 @@ padding stands behind every real token. So memory grows with the row length, and
 """
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +76,14 @@ class Layout:
     starts: Tensor | None = None
     window: int | None = None
     _pieces: dict[tuple, "Pieces"] = field(default_factory=dict)
+    _documents: "Documents | None" = None
+
+    def documents(self) -> "Documents":
+        """Of all rows; found once for all layers."""
+        assert self.starts is not None
+        if self._documents is None:
+            self._documents = find_documents(self.starts)
+        return self._documents
 
     def pieces(self, group: int, shift: int, device: torch.device) -> "Pieces":
         """The segments of all documents; found once for all layers."""
@@ -149,6 +158,71 @@ def deferred_mask(**arguments: Any) -> DeferredMask:
     return DeferredMask(arguments)
 
 
+# Segments as views of rows.
+
+# Rows, heads and tokens of a (B, H, L, D) tensor.
+Block = tuple[slice, slice, slice]
+
+
+class Cut(torch.autograd.Function):
+    """(B, H, L, D) -> views of blocks that cover it. Slices alone would add up whole gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, blocks: Sequence[Block]) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.blocks = x.shape, blocks
+        return tuple(x[block] for block in blocks)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _join(ctx.shape, ctx.blocks, [g.transpose(1, 2) for g in gradients]).transpose(1, 2), None
+
+
+class Join(torch.autograd.Function):
+    """Blocks of (B, H, L, D), given as (b, l, h, D) -> (B, L, H, D), in one copy."""
+
+    @staticmethod
+    def forward(ctx, shape: Sequence[int], blocks: Sequence[Block], *parts: Tensor) -> Tensor:
+        ctx.blocks = blocks
+        return _join(shape, blocks, parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(gradient[rows, tokens, heads] for rows, heads, tokens in ctx.blocks)
+
+
+def _join(shape: Sequence[int], blocks: Sequence[Block], parts: Sequence[Tensor]) -> Tensor:
+    rows, heads, length = shape[:3]
+    out = parts[0].new_empty(rows, length, heads, parts[0].shape[-1])
+    for (where, half, tokens), part in zip(blocks, parts, strict=True):
+        out[where, tokens, half] = part
+    return out
+
+
+@dataclass
+class Documents:
+    """Where the documents of rows are, with all heads, in their order.
+
+    blocks: a document each, or a run of documents of one token (as padding is); single says which are such runs.
+    """
+
+    blocks: list[Block]
+    single: list[bool]
+
+
+def find_documents(starts: Tensor) -> Documents:
+    """The documents that begin where `starts` (B, L) says."""
+    found = Documents([], [])
+    for row, marks in enumerate(starts.tolist()):
+        begins = [i for i, is_start in enumerate(marks) if is_start] + [len(marks)]
+        for is_single, run in itertools.groupby(itertools.pairwise(begins), lambda ends: ends[1] - ends[0] == 1):
+            spans = list(run)
+            if is_single:
+                spans = [(spans[0][0], spans[-1][1])]
+            found.blocks += [(slice(row, row + 1), slice(None), slice(*span)) for span in spans]
+            found.single += [is_single] * len(spans)
+    return found
+
+
 # Several documents a row: segments of all lengths are gathered, those of about one length go through SDPA as a batch.
 
 
@@ -201,9 +275,9 @@ def cut_into_pieces(starts: Tensor, group: int, shift: int, device: torch.device
 
 
 def _size_ladder(group: int) -> Tensor:
-    """1, 2, 3, 4, 6, 8, 12, 16 ... group: a piece is padded by half its length at most."""
-    steps = (size for k in range(group.bit_length()) for size in (2**k, 3 * 2**k // 2))
-    return torch.tensor(sorted({size for size in steps if size < group} | {group}))
+    """1, 2, 3, ... 8, 10, 12, 14, 16, 20 ... group: a piece is padded by a quarter of its length at most."""
+    steps = (size for k in range(group.bit_length()) for size in (4 * 2**k, 5 * 2**k, 6 * 2**k, 7 * 2**k))
+    return torch.tensor(sorted({1, 2, 3} | {size for size in steps if size < group} | {group}))
 
 
 class Reorder(torch.autograd.Function):
