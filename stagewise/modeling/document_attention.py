@@ -2,9 +2,9 @@
 
 For packed rows transformers hands SDPA a mask of L x L, and the kernel computes scores of all pairs of tokens, most
 of them in different documents. Here each document is by itself: on accelerators those of about one length go through
-SDPA together, on CPUs each in a call of its own. Rows with padding on the right need no mask either: no real token sees
-what stands behind it. What a padding token's output is, is left open. All else (padding on the left, a cache, masks of
-the caller's) goes through `sdpa`.
+SDPA together, on CPUs each in a call of its own. Rows with padding on the right need no mask either: no real token
+sees what stands behind it. What a padding token's output is, is left open. All else (padding on the left, a cache,
+masks of the caller's) goes through `sdpa`.
 """
 
 import functools
