@@ -110,7 +110,7 @@ def train(model: Path, texts: Path, output: Path, row: int, size: dict, flags: l
         "--train_file_dir", str(texts), "--output_dir", str(output),
         "--do_train", "True", "--block_size", str(row), "--max_steps", str(steps),
         "--per_device_train_batch_size", "1", "--lora_rank", "8", "--lora_dropout", "0", "--learning_rate", "1e-4",
-        "--logging_steps", "1", "--save_strategy", "no", "--report_to", "none", "--validation_split_percentage", "0",
+        "--logging_steps", "1", "--save_strategy", "no", "--report_to", "none", "--validation_split_percentage", "1",
         *(("--bf16", "True") if size["dtype"] == "bfloat16" else ()), *flags,
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
