@@ -176,3 +176,12 @@ def test_a_run_has_the_losses_of_the_run_on_eager_attention(flags, tiny_model_di
 def test_pretraining_takes_it_too(tiny_model_dir, text_file, tmp_path, capsys):
     run_pt(tiny_model_dir, text_file, tmp_path / "out", *FULL, "--max_steps", "1")
     assert f"attention kernel: {NAME}" in capsys.readouterr().out
+
+
+def test_a_compiled_run_has_the_losses_of_one_that_is_not(tiny_model_dir, sft_file, tmp_path, capsys):
+    """On whole rows: documents would be new shapes for the compiler in every batch. Traced, but not made into C++."""
+    run_sft(tiny_model_dir, sft_file, tmp_path / "plain", *FULL, "--max_steps", "3")
+    compiled = ("--torch_compile", "True", "--torch_compile_backend", "aot_eager")
+    run_sft(tiny_model_dir, sft_file, tmp_path / "compiled", *FULL, *compiled, "--max_steps", "3")
+    assert "attention kernel: sdpa\n" in capsys.readouterr().out
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
