@@ -9,6 +9,7 @@ import json
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Protocol
 
 import numpy as np
@@ -164,13 +165,13 @@ def encode_conversations(
 ) -> list[Encoded]:
     """Render and tokenize a batch; one call of the tokenizer for all rows that fit."""
     rendered = [renderer.render(c.messages, tools=c.tools) for c in conversations]
-    encodings = tokenizer(
-        [r.text for r in rendered], add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
+    # the tokenizer's own batch: what transformers makes of it beside ids and offsets takes as long again
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation(), backend.no_padding()  # which a tokenizer.json may switch on
+    encodings = backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
     rows = []
-    for conversation, text, ids, offsets in zip(
-        conversations, rendered, encodings["input_ids"], encodings["offset_mapping"], strict=True
-    ):
+    for conversation, text, encoding in zip(conversations, rendered, encodings, strict=True):
+        ids, offsets = encoding.ids, encoding.offsets
         truncated = ""
         if len(ids) > options.max_length:
             if options.on_too_long != "truncate":
@@ -178,7 +179,7 @@ def encode_conversations(
                 continue
             text, ids, offsets, truncated = _truncate(conversation, renderer, tokenizer, options.max_length)
         labels = label_ids(ids, offsets, text.spans, options.train_on, options.train_on_prompt)
-        if all(label == IGNORE_INDEX for label in labels[1:]):
+        if count_trained(labels[1:]) == 0:  # the first token is not predicted
             rows.append(Encoded([], [], dropped="no trained token left after truncation to max_length"))
         else:
             rows.append(Encoded(ids, labels, truncated=truncated))
@@ -214,14 +215,17 @@ def label_ids(
     if train_on_prompt:
         return list(ids)
     labels = [IGNORE_INDEX] * len(ids)
-    starts = [start for start, _ in offsets]
     for start, end in spans[-1:] if train_on == "last" else spans:
-        first = bisect_left(starts, start)
+        first = bisect_left(offsets, start, key=itemgetter(0))
         while first > 0 and offsets[first - 1][1] > start:
             first -= 1
-        for i in range(first, bisect_left(starts, end)):
-            labels[i] = ids[i]
+        stop = bisect_left(offsets, end, lo=first, key=itemgetter(0))
+        labels[first:stop] = ids[first:stop]
     return labels
+
+
+def count_trained(labels: list[int]) -> int:
+    return len(labels) - labels.count(IGNORE_INDEX)
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
@@ -254,7 +258,7 @@ def tokenize_conversations(
             "input_ids": [row.input_ids for row in rows],
             "labels": [row.labels for row in rows],
             "length": [len(row.input_ids) for row in rows],
-            "trained": [sum(label != IGNORE_INDEX for label in row.labels) for row in rows],
+            "trained": [count_trained(row.labels) for row in rows],
             "dropped": [row.dropped for row in rows],
             "truncated": [row.truncated for row in rows],
         }
