@@ -9,6 +9,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BloomConfig,
     GemmaConfig,
     LlamaConfig,
@@ -17,7 +18,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from stagewise.arguments import LoraArguments
+from stagewise.arguments import LoraArguments, ModelArguments
 from stagewise.modeling.lora import attach_adapter
 from stagewise.modeling.memory import (
     GIB,
@@ -32,6 +33,7 @@ from stagewise.modeling.memory import (
     weight_bytes,
 )
 from stagewise.modeling.model_shape import ModelShape, read_shape
+from stagewise.modeling.quantization import asked_for
 from stagewise.modeling.token_loss import install_token_loss
 from stagewise.run import memory as run_memory
 from stagewise.run.exit_codes import is_out_of_memory, run_script
@@ -531,18 +533,29 @@ def test_the_longest_row_counts():
 
 
 @pytest.mark.parametrize(
-    ("flags", "saved", "expected"),
+    ("flags", "expected"),
     [
-        ({}, None, (None, False)),
-        ({"qlora": True}, None, (4, True)),
-        ({"load_in_4bit": True}, None, (4, False)),
-        ({"load_in_8bit": True}, None, (8, False)),
-        ({}, {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, (4, True)),
+        ((), (None, False)),
+        (("--qlora", "True"), (4, True)),
+        (("--load_in_4bit", "True"), (4, False)),
+        (("--load_in_8bit", "True"), (8, False)),
     ],
 )
-def test_quantization_of_flags_and_checkpoints(flags, saved, expected):
-    config = SimpleNamespace(quantization_config=saved)
-    assert run_memory._quantization(SimpleNamespace(**flags), config) == expected
+def test_quantization_counts_whether_flags_or_the_checkpoint_ask_for_it(
+    flags, expected, tiny_model_dir, sft_file, tmp_path
+):
+    run_sft(tiny_model_dir, sft_file, tmp_path / "out", "--dry_run", "True", *flags)
+    plan = run_memory.current_plan.get()
+    assert (plan.setup.bits, plan.setup.double_quant) == expected
+    if flags:  # saved in such weights, no flag is needed
+        quantization = asked_for(plan.model_args)
+        model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=quantization.config())
+        model.save_pretrained(tmp_path / "saved")
+        AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "saved")
+        run_sft(str(tmp_path / "saved"), sft_file, tmp_path / "out", "--dry_run", "True")
+        again = run_memory.current_plan.get()
+        assert (again.setup.bits, again.setup.double_quant) == expected
+        assert again.estimate.weights == plan.estimate.weights
 
 
 def test_deepspeed_configurations(tmp_path):
@@ -731,7 +744,7 @@ def plan_of(setup: TrainingSetup, lora_args=FULL, stage="sft", device_gib=80, **
         setup=setup,
         memory=Memory(256 * GIB, device_gib * GIB, "H100"),
         with_adapter=with_adapter,
-        model_args=SimpleNamespace(qlora=False),
+        model_args=ModelArguments(model_name_or_path="base"),
         lora_args=lora_args,
         stage_args=SimpleNamespace(max_new_tokens=256),
         args=SimpleNamespace(**(args | options)),

@@ -9,7 +9,14 @@ from dataclasses import dataclass, replace
 from datasets import Dataset
 
 from stagewise.data.records import PreferencePair
-from stagewise.data.tokenization import Messages, Renderer, cache_key, map_batches, tokenizer_fingerprint
+from stagewise.data.tokenization import (
+    Messages,
+    Renderer,
+    cache_key,
+    encode_texts,
+    map_batches,
+    tokenizer_fingerprint,
+)
 from stagewise.errors import InputError
 from template import TemplateError
 
@@ -114,8 +121,7 @@ def _render_side(prompt: Messages, completion: Messages, tools, renderer: Render
 
 def _tokenize(rendered: Sequence[_RenderedPair], tokenizer) -> list[EncodedPair]:
     texts = [text for pair in rendered for text in (pair.chosen, pair.rejected)]
-    encodings = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    sides = list(zip(encodings["input_ids"], encodings["offset_mapping"], strict=True))
+    sides = list(encode_texts(texts, tokenizer))
     return [_split(pair, *sides[2 * i], *sides[2 * i + 1]) for i, pair in enumerate(rendered)]
 
 

@@ -7,7 +7,7 @@ the model; labels follow the character offsets of the trained spans.
 import hashlib
 import json
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Protocol
@@ -165,13 +165,9 @@ def encode_conversations(
 ) -> list[Encoded]:
     """Render and tokenize a batch; one call of the tokenizer for all rows that fit."""
     rendered = [renderer.render(c.messages, tools=c.tools) for c in conversations]
-    # the tokenizer's own batch: what transformers makes of it beside ids and offsets takes as long again
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation(), backend.no_padding()  # which a tokenizer.json may switch on
-    encodings = backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
     rows = []
-    for conversation, text, encoding in zip(conversations, rendered, encodings, strict=True):
-        ids, offsets = encoding.ids, encoding.offsets
+    encodings = encode_texts([r.text for r in rendered], tokenizer)
+    for conversation, text, (ids, offsets) in zip(conversations, rendered, encodings, strict=True):
         truncated = ""
         if len(ids) > options.max_length:
             if options.on_too_long != "truncate":
@@ -186,6 +182,17 @@ def encode_conversations(
     return rows
 
 
+def encode_texts(texts: Sequence[str], tokenizer) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+    """Ids of each text and the characters that each token stands for, without special tokens of the tokenizer's own.
+
+    By the batch of the tokenizer behind transformers' own, whose other results take as long again to make.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # which a tokenizer.json may switch on, as padding
+    backend.no_padding()
+    return ((encoding.ids, encoding.offsets) for encoding in backend.encode_batch(texts, add_special_tokens=False))
+
+
 def _truncate(conversation: Conversation, renderer: Renderer, tokenizer, max_length: int):
     """Cut whole rounds from the end; if the first answer alone is too long, cut it (its stop token goes with it)."""
     messages = conversation.messages
@@ -193,8 +200,7 @@ def _truncate(conversation: Conversation, renderer: Renderer, tokenizer, max_len
     ends = ends or [len(messages)]
     for end in reversed(ends):
         rendered = renderer.render(messages[:end], tools=conversation.tools)
-        encoding = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
+        ids, offsets = next(encode_texts([rendered.text], tokenizer))
         if len(ids) <= max_length:
             return rendered, ids, offsets, "turns"
     return rendered, ids[:max_length], offsets[:max_length], "answer"

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
@@ -40,7 +40,7 @@ class Quantization:
     compute_dtype: name of the data type that 4-bit layers multiply in; None is that of the other weights.
     """
 
-    bits: int
+    bits: Literal[4, 8]
     quant_type: str
     double_quant: bool = False
     compute_dtype: str | None = None
@@ -92,7 +92,7 @@ def plan_quantization(
             f"--use_peft False: the weights of {name} are saved quantized and cannot be trained; train an adapter on "
             "them (--use_peft True), or start from the model it was made from"
         )
-    asked = _asked_for(model_args)
+    asked = asked_for(model_args)
     quantization = Quantization.of_config(saved) or asked
     if asked and saved:
         _require_agreement(model_args, Quantization.of_config(saved), saved)
@@ -112,7 +112,8 @@ def _flag(args: ModelArguments) -> str | None:
     return next((flag for flag in ("qlora", "load_in_4bit", "load_in_8bit") if getattr(args, flag)), None)
 
 
-def _asked_for(args: ModelArguments) -> Quantization | None:
+def asked_for(args: ModelArguments) -> Quantization | None:
+    """What --qlora, --load_in_4bit or --load_in_8bit ask for."""
     if args.load_in_8bit:
         return Quantization(8, "int8")
     return Quantization(4, "nf4", double_quant=args.qlora) if _flag(args) else None
@@ -139,7 +140,7 @@ def _require_agreement(args: ModelArguments, saved: Quantization | None, config:
             f"--{flag}: {name} is quantized already, by {config.get('quant_method')}; leave the flag out, or start "
             "from the model it was made from"
         )
-    asked = _asked_for(args)
+    asked = asked_for(args)
     if asked and (saved.bits != asked.bits or (args.qlora and not saved.same_weights(asked))):
         raise InputError(
             f"--{flag}: asks for {asked}, and {name} is saved as {saved}; leave the flag out, or start from the model "

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import psutil
@@ -29,6 +29,7 @@ from stagewise.modeling.memory import (
     shortages,
 )
 from stagewise.modeling.model_shape import ModelShape, adapter_base, adapter_file_bytes, read_shape
+from stagewise.modeling.quantization import Quantization, asked_for
 
 logger = logging.getLogger(__name__)
 
@@ -149,15 +150,15 @@ def _setup(
     if stage == "ppo":
         length += stage_args.max_new_tokens
     pairs = 2 if stage in ("rm", "dpo") else 1
-    bits, double_quant = _quantization(model_args, config)
+    quantization = Quantization.of_config(getattr(config, "quantization_config", None)) or asked_for(model_args)
     setup = TrainingSetup(
         rows=pairs * args.per_device_train_batch_size,
         length=length,
         padded=not getattr(stage_args, "packing", False),
         weight_bytes=weight_itemsize(model_args, config, trains_all=not lora_args.use_peft),
         autocast=(args.bf16 or args.fp16) and not args.deepspeed,
-        bits=bits,
-        double_quant=double_quant,
+        bits=quantization.bits if quantization else None,
+        double_quant=bool(quantization and quantization.double_quant),
         optimizer=str(getattr(args.optim, "value", args.optim)),
         checkpointing=bool(args.gradient_checkpointing),
         lora_dropout=lora_args.use_peft and lora_args.lora_dropout > 0,
@@ -186,16 +187,6 @@ def weight_itemsize(args: ModelArguments, config: PretrainedConfig, trains_all: 
         return 4
     found = config.dtype or config.get_text_config().dtype or torch.float32
     return (getattr(torch, found) if isinstance(found, str) else found).itemsize
-
-
-def _quantization(args: ModelArguments, config: PretrainedConfig) -> tuple[Literal[4, 8] | None, bool]:
-    """(bits, double quantization) that the flags ask for, or that the checkpoint is saved with."""
-    saved = getattr(config, "quantization_config", None) or {}
-    saved = saved if isinstance(saved, dict) else saved.to_dict()
-    qlora = getattr(args, "qlora", False)
-    if qlora or getattr(args, "load_in_4bit", False) or saved.get("load_in_4bit"):
-        return 4, bool(qlora or saved.get("bnb_4bit_use_double_quant"))
-    return (8 if getattr(args, "load_in_8bit", False) or saved.get("load_in_8bit") else None), False
 
 
 def _attention(stage: str, args: ModelArguments, shape: ModelShape, compiled: bool) -> str:

@@ -173,7 +173,7 @@ def _of_training(plan: MemoryPlan) -> Iterator[Remedy]:
         yield _adapter(plan)
     elif setup.weight_bytes == 4:
         yield Remedy("--dtype bfloat16", "training", _setting(weight_bytes=2))
-    if hasattr(plan.model_args, "qlora") and setup.bits is None and setup.stage < 3:
+    if setup.bits is None and setup.stage < 3:
         if lora_args.use_peft:
             yield Remedy("--qlora True", "training", _setting(bits=4, double_quant=True))
         else:
