@@ -2,41 +2,14 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from stagewise.data.collators import CausalLMCollator
 from stagewise.modeling import document_attention, segments
 from stagewise.modeling.document_attention import NAME, enable_document_attention
+from tests.architectures import SEGMENTED, sharp_model, tiny_model
 from tests.stages import FULL, losses, run_pt, run_sft
 
-SIZES = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-ARCHITECTURES = {
-    "llama": {},
-    "qwen2": {},
-    "qwen3": {"head_dim": 8},
-    "mistral": {"sliding_window": 12},
-    "mixtral": {"num_local_experts": 2},
-    "phi": {},
-    "glm4": {"head_dim": 8},
-    "gemma": {"head_dim": 8},
-    "gemma3_text": {"head_dim": 8, "sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]},
-}
 ROWS = [(20, 12, 3), (1, 40), (9,)]  # lengths of the documents of packed rows
-
-
-def build(name: str):
-    """A random model whose attention is far from uniform, or a leak would hardly show."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **{**SIZES, **ARCHITECTURES.get(name, {})})
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for path, weight in model.named_parameters():
-            if "q_proj" in path or "k_proj" in path:
-                weight *= 20
-    return model
 
 
 def packed_batch() -> dict:
@@ -74,12 +47,12 @@ def count_whole_rows(monkeypatch) -> list:
 @pytest.mark.parametrize("together", [False, True])  # as on CPUs, as on accelerators
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("make", [packed_batch, padded_batch])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", SEGMENTED)
 def test_logits_and_gradients_are_those_of_sdpa(name, make, mode, together, monkeypatch):
     if together:
         monkeypatch.setattr(document_attention, "_calls_are_cheap", lambda query: False)
     torch.manual_seed(1)
-    batch, model = make(), build(name)
+    batch, model = make(), sharp_model(name)
     model.train(mode == "train")
     kept = real(batch)
     seed = torch.randn(int(kept.sum()), 96)
@@ -100,7 +73,7 @@ def test_logits_and_gradients_are_those_of_sdpa(name, make, mode, together, monk
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi", "gemma3_text"])
 def test_left_padding_and_generation_are_those_of_sdpa(name, monkeypatch):
-    model = build(name).eval()
+    model = sharp_model(name).eval()
     ids, mask = torch.randint(3, 96, (2, 10)), torch.ones(2, 10, dtype=torch.long)
     mask[0, :4] = 0
     expected = model(input_ids=ids, attention_mask=mask).logits
@@ -121,7 +94,7 @@ def test_documents_and_runs_of_single_tokens():
 
 
 def test_a_mask_of_the_callers_is_obeyed():
-    model = build("llama").eval()
+    model = sharp_model("llama").eval()
     ids = torch.randint(3, 96, (1, 10))
     mask = torch.ones(1, 1, 10, 10, dtype=torch.bool).tril()
     mask[:, :, 5:, :5] = False
@@ -132,7 +105,7 @@ def test_a_mask_of_the_callers_is_obeyed():
 
 def test_gradient_checkpointing_changes_nothing():
     torch.manual_seed(1)
-    batch, model = packed_batch(), build("llama").train()
+    batch, model = packed_batch(), sharp_model("llama").train()
     assert enable_document_attention(model)
     model(**batch).logits.square().sum().backward()
     plain = [parameter.grad.clone() for parameter in model.parameters()]
@@ -147,16 +120,14 @@ def test_gradient_checkpointing_changes_nothing():
     ("name", "kernel"), [("bloom", "eager"), ("falcon", "sdpa"), ("gemma2", "eager"), ("llama", "eager")]
 )
 def test_other_kernels_and_architectures_are_left_alone(name, kernel):
-    changes = {"n_head": 4, "n_layer": 1} if name == "bloom" else {"head_dim": 8} if name == "gemma2" else {}
-    config = AutoConfig.for_model(name, **{**SIZES, **changes})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=kernel)
+    model = tiny_model(name, kernel)
     before = model.config._attn_implementation
     assert not enable_document_attention(model)
     assert model.config._attn_implementation == before
 
 
 def test_nothing_of_it_is_saved(tmp_path):
-    model = build("llama")
+    model = sharp_model("llama")
     assert enable_document_attention(model)
     model.save_pretrained(tmp_path)
     assert NAME not in (tmp_path / "config.json").read_text()

@@ -4,32 +4,19 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from stagewise.arguments import LoraArguments
 from stagewise.errors import InputError
 from stagewise.modeling.experts import find_router_loss
 from stagewise.modeling.lora import attach_adapter
 from stagewise.modeling.token_loss import install_token_loss
+from tests.architectures import tiny_model
 from tests.stages import FULL, losses, run_pt, run_rm, run_sft, weights
 
-SIZES = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    "num_experts_per_tok": 2,
-}  # fmt: skip
-MIXTURES = {
-    "mixtral": {"num_local_experts": 4},
-    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8},
-    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
-}
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 LORA = ("--lora_rank", "2", "--lora_dropout", "0")
-
-
-def build(name: str, **changes):
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**SIZES, **MIXTURES[name], **changes}))
 
 
 def adapted(model) -> set[str]:
@@ -52,7 +39,7 @@ def mixture_dirs(tiny_model_dir, tmp_path_factory) -> dict[str, str]:
     folders = {}
     for name in ("mixtral", "qwen3_moe"):
         folders[name] = str(tmp_path_factory.mktemp(name))
-        build(name, vocab_size=len(tokenizer)).save_pretrained(folders[name])
+        tiny_model(name, vocab_size=len(tokenizer)).save_pretrained(folders[name])
         tokenizer.save_pretrained(folders[name])
     return folders
 
@@ -63,7 +50,7 @@ def mixture_dirs(tiny_model_dir, tmp_path_factory) -> dict[str, str]:
 @pytest.mark.parametrize("name", MIXTURES)
 def test_all_is_linear_layers_and_experts_without_routers(name):
     shared = {"gate_proj", "up_proj", "down_proj", "shared_expert_gate"} if name == "qwen2_moe" else set()
-    model = attach_adapter(build(name), LoraArguments(lora_dropout=0.0))
+    model = attach_adapter(tiny_model(name), LoraArguments(lora_dropout=0.0))
     assert adapted(model) == ATTENTION | shared | {"experts.gate_up_proj", "experts.down_proj"}
 
 
@@ -76,24 +63,27 @@ def test_all_is_linear_layers_and_experts_without_routers(name):
     ],
 )
 def test_names_choose_attention_or_experts(spec, expected):
-    assert adapted(attach_adapter(build("mixtral"), LoraArguments(target_modules=spec, lora_dropout=0.0))) == expected
+    assert (
+        adapted(attach_adapter(tiny_model("mixtral"), LoraArguments(target_modules=spec, lora_dropout=0.0)))
+        == expected
+    )
 
 
 @pytest.mark.parametrize("options", [{"lora_dropout": 0.05}, {"lora_dropout": 0.0, "use_dora": True}])
 def test_what_adapters_of_experts_cannot_have_is_refused_with_the_remedy(options):
     with pytest.raises(InputError, match="--target_modules q_proj,k_proj,v_proj,o_proj"):
-        attach_adapter(build("mixtral"), LoraArguments(**options))
-    attach_adapter(build("mixtral"), LoraArguments(target_modules="q_proj,v_proj", **options))
+        attach_adapter(tiny_model("mixtral"), LoraArguments(**options))
+    attach_adapter(tiny_model("mixtral"), LoraArguments(target_modules="q_proj,v_proj", **options))
 
 
 @pytest.mark.parametrize("spec", ["gate", "gate_proj", "experts,w4"])
 def test_names_that_are_not_there_are_refused(spec):
     with pytest.raises(InputError, match="no linear layer and no experts named"):
-        attach_adapter(build("mixtral"), LoraArguments(target_modules=spec, lora_dropout=0.0))
+        attach_adapter(tiny_model("mixtral"), LoraArguments(target_modules=spec, lora_dropout=0.0))
 
 
 def test_dense_layers_that_peft_takes_for_experts_are_said_to_be_left_out(caplog):
-    model = build("qwen3_moe", mlp_only_layers=[0])
+    model = tiny_model("qwen3_moe", mlp_only_layers=[0])
     peft_model = attach_adapter(model, LoraArguments(lora_dropout=0.0))
     assert "no adapter on 3 dense layers: model.layers.0.mlp.down_proj" in caplog.text
     assert adapted(peft_model) == ATTENTION | {"experts.gate_up_proj", "experts.down_proj"}
@@ -116,7 +106,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", MIXTURES)
 def test_loss_and_gradients_are_those_of_transformers(name, checkpointing):
-    model, inputs = build(name, router_aux_loss_coef=0.5).train(), batch()
+    model, inputs = tiny_model(name, router_aux_loss_coef=0.5).train(), batch()
     theirs = model(**inputs, output_router_logits=True)
     theirs.loss.backward()
     expected = gradients(model)
@@ -135,7 +125,7 @@ def test_loss_and_gradients_are_those_of_transformers(name, checkpointing):
 
 
 def test_batches_of_a_step_share_the_coefficient_as_their_tokens_share_the_loss():
-    model = build("mixtral").train()
+    model = tiny_model("mixtral").train()
     install_token_loss(model, router_loss=find_router_loss(model, 1.0))
     inputs = batch()
     count = int((inputs["labels"][:, 1:] != -100).sum())
@@ -145,7 +135,7 @@ def test_batches_of_a_step_share_the_coefficient_as_their_tokens_share_the_loss(
 
 
 def test_routers_that_use_all_experts_alike_have_the_least_loss():
-    router_loss = find_router_loss(build("mixtral"), 1.0)
+    router_loss = find_router_loss(tiny_model("mixtral"), 1.0)
     alike = torch.eye(4).repeat(6, 1) * 1e-6  # the first choice goes round, the probabilities are equal
     assert router_loss((alike,), None).item() == pytest.approx(2.0, rel=1e-3)
     one_sided = torch.tensor([[50.0, 0.0, -50.0, -50.0]]).repeat(24, 1)
@@ -153,9 +143,9 @@ def test_routers_that_use_all_experts_alike_have_the_least_loss():
 
 
 def test_evaluation_has_no_router_loss():
-    model = build("mixtral")
+    model = tiny_model("mixtral")
     install_token_loss(model, router_loss=find_router_loss(model, 1.0))
-    plain = build("mixtral")
+    plain = tiny_model("mixtral")
     install_token_loss(plain)
     with torch.no_grad():
         assert torch.equal(model.eval()(**batch()).loss, plain.eval()(**batch()).loss)
@@ -171,7 +161,7 @@ def test_evaluation_has_no_router_loss():
     ],
 )
 def test_the_flag_wins_over_the_configuration(changes, coefficient, expected):
-    found = find_router_loss(build("mixtral", **changes), coefficient)
+    found = find_router_loss(tiny_model("mixtral", **changes), coefficient)
     assert (found and found.coefficient) == expected
 
 

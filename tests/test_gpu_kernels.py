@@ -2,20 +2,15 @@
 
 import pytest
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface
 from transformers.integrations import sdpa_attention
 
 from stagewise.data.collators import CausalLMCollator
 from stagewise.errors import InputError
 from stagewise.modeling import attention, liger
 from stagewise.modeling.attention import check_kernel, require_flash_attention
+from tests.architectures import tiny_model
 from tests.stages import LORA, run_pt, run_sft
-
-SIZES = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-ARCHITECTURES = {"llama": {}, "qwen3": {"head_dim": 8}, "mistral": {}, "mixtral": {"num_local_experts": 2}, "phi": {}}
 
 
 def pretend(monkeypatch, capability: tuple[int, int] | None, installed: bool) -> None:
@@ -95,13 +90,12 @@ def pretended_kernel(monkeypatch):
 
 
 def with_flash(name: str):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**SIZES, **ARCHITECTURES[name]})).eval()
+    model = tiny_model(name).eval()
     model.config._attn_implementation = "flash_attention_2"  # the setter would look for the package
     return model
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "mixtral", "qwen3_moe", "phi"])
 def test_documents_of_several_packed_rows_stay_apart(name, pretended_kernel):
     model = with_flash(name)
     documents = [torch.randint(3, 96, (n,), generator=torch.Generator().manual_seed(n)) for n in (20, 12, 9, 15)]

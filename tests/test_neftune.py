@@ -2,33 +2,12 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from stagewise.modeling.neftune import embedding_noise, text_lengths
+from tests.architectures import ARCHITECTURES, tiny_model
 from tests.stages import LORA, losses, run_pt, run_sft, weights
 
-SIZES = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-ARCHITECTURES = {
-    "llama": {},
-    "qwen2": {},
-    "qwen3": {"head_dim": 8},
-    "mistral": {},
-    "mixtral": {"num_local_experts": 2},
-    "qwen3_moe": {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16},
-    "phi": {},
-    "glm4": {"head_dim": 8},
-    "gemma": {"head_dim": 8},
-    "bloom": {"n_head": 4, "n_layer": 1},
-}
 ALPHA = 5.0
-
-
-def build(name: str):
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**SIZES, **ARCHITECTURES[name]})).train()
 
 
 def noise_of(model, inputs: dict, alpha: float | None = ALPHA) -> torch.Tensor:
@@ -79,7 +58,7 @@ class _Bare(torch.nn.Module):
 def test_padding_neither_counts_nor_has_noise(name):
     mask = torch.ones(2, 64, dtype=torch.long)
     mask[1, 40:] = 0
-    noise = noise_of(build(name), {"input_ids": ids(2, 64), "attention_mask": mask})
+    noise = noise_of(tiny_model(name).train(), {"input_ids": ids(2, 64), "attention_mask": mask})
     assert_uniform(noise[0], ALPHA / (64 * 32) ** 0.5)
     assert_uniform(noise[1, :40], ALPHA / (40 * 32) ** 0.5)
     assert noise[1, 40:].abs().max() < 1e-6
@@ -88,7 +67,7 @@ def test_padding_neither_counts_nor_has_noise(name):
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "bloom"])  # which cannot be packed
 def test_packed_documents_have_the_noise_of_their_own_length(name):
     positions = torch.cat([torch.arange(100), torch.arange(28)])[None]
-    noise = noise_of(build(name), {"input_ids": ids(1, 128), "position_ids": positions})[0]
+    noise = noise_of(tiny_model(name).train(), {"input_ids": ids(1, 128), "position_ids": positions})[0]
     assert_uniform(noise[:100], ALPHA / (100 * 32) ** 0.5)
     assert_uniform(noise[100:], ALPHA / (28 * 32) ** 0.5)
 
@@ -105,13 +84,13 @@ def test_text_lengths():
 
 @pytest.mark.parametrize("alpha", [None, 0.0])
 def test_without_alpha_there_is_no_hook(alpha):
-    model = build("llama")
+    model = tiny_model("llama").train()
     with embedding_noise(model, alpha):
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_no_noise_in_evaluation_without_gradients_and_afterwards():
-    model, inputs = build("llama"), {"input_ids": ids(1, 16)}
+    model, inputs = tiny_model("llama").train(), {"input_ids": ids(1, 16)}
     noiseless = model(**inputs).logits
     with embedding_noise(model, ALPHA):
         assert (model(**inputs).logits - noiseless).abs().max() > 1e-3
@@ -122,7 +101,7 @@ def test_no_noise_in_evaluation_without_gradients_and_afterwards():
 
 
 def test_a_half_precision_embedding_stays_one():
-    model = build("llama").to(torch.bfloat16)
+    model = tiny_model("llama").train().to(torch.bfloat16)
     with embedding_noise(model, ALPHA):
         out = model.get_input_embeddings()(ids(1, 16))
     assert out.dtype == torch.bfloat16

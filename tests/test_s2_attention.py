@@ -6,13 +6,14 @@ import json
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stagewise.arguments import LoraArguments, ModelArguments
 from stagewise.errors import InputError
 from stagewise.modeling.lora import attach_adapter, trainable_params
 from stagewise.modeling.s2_attention import default_group, enable_s2_attention, s2_attention
 from stagewise.modeling.segments import Layout, cut_into_pieces
+from tests.architectures import SEGMENTED, sharp_model
 from tests.stages import FULL, LORA, losses, run_pt, run_sft, weights
 
 
@@ -170,33 +171,6 @@ def test_attention_dropout_is_honoured():
 
 # Models.
 
-TINY = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-ARCHITECTURES = {
-    "llama": {},
-    "qwen2": {},
-    "qwen3": {"head_dim": 8},
-    "mistral": {"sliding_window": 12},
-    "mixtral": {"num_local_experts": 2},
-    "phi": {},
-    "glm4": {"head_dim": 8},
-    "gemma": {"head_dim": 8},
-    "gemma3_text": {"head_dim": 8, "sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]},
-}
-
-
-def build(name: str, **settings):
-    """A random model whose attention is far from uniform, or a leak would hardly show."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**TINY, **settings}))
-    with torch.no_grad():
-        for path, weight in model.named_parameters():
-            if "q_proj" in path or "k_proj" in path:
-                weight *= 20
-    return model
-
 
 def token_ids(*shape: int) -> torch.Tensor:
     return torch.randint(3, 96, shape, generator=torch.Generator().manual_seed(0))
@@ -206,9 +180,9 @@ def positions_of(*lengths: int) -> torch.Tensor:
     return torch.cat([torch.arange(n) for n in lengths])[None]
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=SEGMENTED)
 def architecture(request):
-    return build(request.param, **ARCHITECTURES[request.param])
+    return sharp_model(request.param)
 
 
 def test_every_architecture_trains_on_segments(architecture):
@@ -271,7 +245,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(packed, reentrant):
     batch = {"position_ids": positions_of(20, 41).expand(2, -1)} if packed else {}
     gradients = []
     for checkpointing in (False, True):
-        model = build("llama").train()
+        model = sharp_model("llama").train()
         enable_s2_attention(model, 16)
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
@@ -282,7 +256,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(packed, reentrant):
 
 
 def test_a_cache_is_attended_to_as_a_whole():
-    model, ids = build("llama").train(), token_ids(1, 33)
+    model, ids = sharp_model("llama").train(), token_ids(1, 33)
     enable_s2_attention(model, 8)
     with torch.no_grad():
         cache = model(ids[:, :32], use_cache=True).past_key_values
@@ -291,7 +265,7 @@ def test_a_cache_is_attended_to_as_a_whole():
 
 
 def test_training_refuses_left_padding_and_masks_of_the_callers_own():
-    model, ids = build("llama").train(), token_ids(2, 16)
+    model, ids = sharp_model("llama").train(), token_ids(2, 16)
     enable_s2_attention(model, 8)
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
@@ -312,7 +286,7 @@ def test_training_refuses_left_padding_and_masks_of_the_callers_own():
     ],
 )
 def test_architectures_that_cannot_are_refused(name, settings, message):
-    model = build(name, **settings)
+    model = sharp_model(name, **settings)
     kind = model.config._attn_implementation
     with pytest.raises(InputError, match=message):
         enable_s2_attention(model)
@@ -322,7 +296,7 @@ def test_architectures_that_cannot_are_refused(name, settings, message):
 @pytest.mark.parametrize("group", [7, 0, 1, -2])
 def test_odd_groups_are_refused(group):
     with pytest.raises(InputError, match=f"--shift_attn_group: found {group}"):
-        enable_s2_attention(build("llama"), group)
+        enable_s2_attention(sharp_model("llama"), group)
 
 
 # Memory.
@@ -357,7 +331,7 @@ def largest_tensor(model, length: int, kind: str) -> int:
 @pytest.mark.parametrize("window", [None, 64])
 def test_memory_grows_with_the_length_and_not_with_its_square(kind, window):
     settings = {"max_position_embeddings": 4096, "num_attention_heads": 2, "num_key_value_heads": 1}
-    model = build("mistral", sliding_window=window, **settings).train()
+    model = sharp_model("mistral", sliding_window=window, **settings).train()
     if kind != "plain" or window:  # the mask of full attention
         assert largest_tensor(model, 2048, kind) >= 2048 * 2048
     enable_s2_attention(model)
@@ -375,7 +349,7 @@ def model_dirs(tiny_model_dir, tmp_path_factory):
     folders = {}
     for name, settings in {"llama": {}, "qwen3": {"tie_word_embeddings": True, "head_dim": 8}, "bloom": {}}.items():
         folders[name] = str(tmp_path_factory.mktemp(name))
-        model = build(name, **{"vocab_size": 600, "max_position_embeddings": 1024, **settings})
+        model = sharp_model(name, **{"vocab_size": 600, "max_position_embeddings": 1024, **settings})
         model.save_pretrained(folders[name])
         AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(folders[name])
     return folders
@@ -472,11 +446,11 @@ def test_trainable_params_of_tied_embeddings(spec, model_dirs, recwarn):
 
 
 def test_trainable_params_are_parts_of_the_names_of_modules():
-    assert trainable_params(build("llama"), "embed, norm") == [
+    assert trainable_params(sharp_model("llama"), "embed, norm") == [
         "embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"
     ]  # fmt: skip
     with pytest.raises(InputError, match=r"--trainable_params embed,norn: no module has norn in its name; .*q_proj"):
-        trainable_params(build("llama"), "embed,norn")
+        trainable_params(sharp_model("llama"), "embed,norn")
 
 
 # Arguments.
