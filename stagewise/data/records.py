@@ -20,7 +20,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any, ClassVar, TypeVar
 
 from stagewise.errors import InputError
@@ -114,7 +114,7 @@ class RowFormat:
     keys: tuple[tuple[str, ...], ...]
 
     def matches(self, row: dict) -> bool:
-        return all(any(key in row for key in group) for group in self.keys)
+        return not any(row.keys().isdisjoint(group) for group in self.keys)
 
     def __str__(self) -> str:
         return " + ".join("/".join(group) for group in self.keys)
@@ -164,6 +164,7 @@ def check_same_format(row_format: str, file_format: str, options: RecordOptions)
         raise RowError("keys", f"a row of the format {row_format}", expected)
 
 
+@cache
 def _formats_of(kind: str | None) -> list[RowFormat]:
     if kind is None:
         return list(FORMATS)
@@ -576,8 +577,10 @@ def _tool_call(value: Any, where: str) -> dict:
 
 def _tools(value: Any, options: RecordOptions) -> list[dict] | None:
     tools = [_tool(each, f"tools[{index}]") for index, each in enumerate(_as_list(value, "tools"))]
+    if not tools:
+        return None
     _check_json(tools, "tools", options)
-    return tools or None
+    return tools
 
 
 def _tool(value: Any, where: str) -> dict:
