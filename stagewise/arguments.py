@@ -21,6 +21,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
+from stagewise.distributed import settle_engine
 from stagewise.errors import InputError
 from stagewise.old_spellings import OLD_SPELLINGS, OldSpelling
 
@@ -356,6 +357,7 @@ class StageTrainingArguments(TrainingArguments):
                 )
         self._check_numbers()
         self._settle_reports()
+        settle_engine(self.deepspeed, self.fsdp, self.use_cpu)
         super().__post_init__()
 
     def _settle_tasks(self) -> None:
