@@ -6,6 +6,8 @@
 #   NNODES           machines (1); with more, start the same script on each with its NODE_RANK
 #   NODE_RANK        (0)   MASTER_ADDR (127.0.0.1)   MASTER_PORT (29500)
 #   DEEPSPEED        a DeepSpeed configuration (.json), passed as --deepspeed
+#   MAX_RESTARTS     (0) how often torchrun starts all processes again after one died; they go on from the newest
+#                    checkpoint, so pass --save_steps
 
 . ./setup_environment.sh
 install_requirements requirements.txt
@@ -13,6 +15,7 @@ install_requirements requirements.txt
 SEED="${SEED:-42}"
 NPROC_PER_NODE="${NPROC_PER_NODE:-1}"
 NNODES="${NNODES:-1}"
+MAX_RESTARTS="${MAX_RESTARTS:-0}"
 EMBEDDED="${EMBEDDED:-}"
 if [ -z "${MODEL:-}" ]; then
     MODEL=outputs/tiny-model
@@ -20,11 +23,11 @@ if [ -z "${MODEL:-}" ]; then
     [ -f "$MODEL/config.json" ] || python examples/build_tiny_model.py --output_dir "$MODEL"
 fi
 
-# launch SCRIPT FLAGS...: plain python for one process, torchrun for several
+# launch SCRIPT FLAGS...: plain python for one process, torchrun for several or where one is to be started again
 launch() {
     local script="$1"
     shift
-    if [ "$NPROC_PER_NODE" = 1 ] && [ "$NNODES" = 1 ]; then
+    if [ "$NPROC_PER_NODE" = 1 ] && [ "$NNODES" = 1 ] && [ "$MAX_RESTARTS" = 0 ]; then
         python "$script" "$@" ${DEEPSPEED:+--deepspeed "$DEEPSPEED"}
         return
     fi
@@ -32,5 +35,6 @@ launch() {
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( $(getconf _NPROCESSORS_ONLN) / NPROC_PER_NODE > 0 ? $(getconf _NPROCESSORS_ONLN) / NPROC_PER_NODE : 1 ))}"
     torchrun --nproc_per_node "$NPROC_PER_NODE" --nnodes "$NNODES" --node_rank "${NODE_RANK:-0}" \
         --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" \
+        --max_restarts "$MAX_RESTARTS" \
         "$script" "$@" ${DEEPSPEED:+--deepspeed "$DEEPSPEED"}
 }

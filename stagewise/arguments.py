@@ -357,7 +357,7 @@ class StageTrainingArguments(TrainingArguments):
                 )
         self._check_numbers()
         self._settle_reports()
-        settle_engine(self.deepspeed, self.fsdp, self.use_cpu)
+        settle_engine(self)
         super().__post_init__()
 
     def _settle_tasks(self) -> None:

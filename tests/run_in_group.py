@@ -1,22 +1,51 @@
 """Several runs in one process group, so that libraries are loaded once: torchrun ... run_in_group.py jobs.json
 
-jobs.json: [{"script": "supervised_finetuning", "argv": [...]}, ...]. Runs after one another; a failing one ends the group.
+jobs.json: [{"script": "supervised_finetuning", "argv": [...]}, ...]. They run after one another; a failing one ends
+the group.
 """
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
 
 def main(path: str) -> None:
-    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
+    if os.environ.get("FSDP_ON_CPU"):
+        allow_fsdp_on_cpu()
     for job in json.loads(Path(path).read_text()):
-        # what accelerate keeps for the life of a process: the engine, and its settings
+        # what accelerate and transformers keep for the life of a process: the engine, and its settings
         AcceleratorState._reset_state()
+        if os.environ.get("FSDP_ON_CPU"):
+            PartialState._reset_state()
         GradientState._reset_state()
+        unset_hf_deepspeed_config()
         importlib.import_module(job["script"]).main(job["argv"])
+        engine, stage = AcceleratorState().distributed_type.value, 3 if is_deepspeed_zero3_enabled() else 2
+        print(f"engine of {job['script']}: {engine}" + f" {stage}" * (engine == "DEEPSPEED"), flush=True)
+
+
+def allow_fsdp_on_cpu() -> None:
+    """accelerate knows FSDP for accelerators only, although torch's own runs on gloo; let this one case through."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    import stagewise.distributed
+
+    stagewise.distributed._check_fsdp = lambda args: None
+    begin = AcceleratorState.__init__
+
+    def with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
+        begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = with_fsdp
 
 
 if __name__ == "__main__":

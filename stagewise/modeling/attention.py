@@ -13,6 +13,7 @@ from stagewise.errors import InputError
 from stagewise.modeling.document_attention import enable_document_attention
 from stagewise.modeling.quantization import multiplied_in
 from stagewise.modeling.s2_attention import enable_s2_attention
+from stagewise.modeling.sharded import module_by_module
 
 logger = logging.getLogger(__name__)
 
@@ -101,12 +102,13 @@ def check_packing(model: PreTrainedModel, documents: Sequence[Sequence[int]], ma
     was_training = model.training
     model.eval()
     try:
-        alone = torch.cat([model(input_ids=ids[None], use_cache=False).logits[0] for ids in pieces]).float()
-        packed = model(
-            input_ids=torch.cat(pieces)[None],
-            position_ids=torch.cat([torch.arange(len(ids), device=device) for ids in pieces])[None],
-            use_cache=False,
-        ).logits[0]
+        with module_by_module(model):
+            alone = torch.cat([model(input_ids=ids[None], use_cache=False).logits[0] for ids in pieces]).float()
+            packed = model(
+                input_ids=torch.cat(pieces)[None],
+                position_ids=torch.cat([torch.arange(len(ids), device=device) for ids in pieces])[None],
+                use_cache=False,
+            ).logits[0]
     finally:
         model.train(was_training)
     difference = ((packed.float() - alone).abs().max() / alone.abs().max().clamp(min=1e-6)).item()

@@ -33,6 +33,7 @@ from stagewise.modeling.rope_scaling import (
     rope_setting,
     scale_rope,
 )
+from stagewise.modeling.sharded import is_sharded, shape_of, whole
 from stagewise.modeling.token_loss import install_token_loss
 
 logger = logging.getLogger(__name__)
@@ -185,8 +186,21 @@ def load_reward_model(
     model = _build_model(AutoModelForSequenceClassification, args, config, dtype, quantization)
     _settle_positions(model, args)
     fit_embedding(model, tokenizer)
+    if not goes_on and args.model_name_or_path:
+        _draw_head(model)
     prepare_scoring(model, tokenizer)
     return model
+
+
+def _draw_head(model: PreTrainedModel) -> None:
+    """As the model's own code draws it, but after the seed was set again, see _build_model."""
+    head = next(
+        (getattr(model, name) for name in SCORE_HEADS if isinstance(getattr(model, name, None), nn.Linear)), None
+    )
+    if head is None:
+        return
+    with whole(head.parameters(), changes=True), torch.no_grad():
+        head.weight.normal_(std=model.config.get_text_config().initializer_range)
 
 
 def check_score_head(args: ModelArguments) -> None:
@@ -237,7 +251,28 @@ def prepare_scoring(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
         raise InputError(f"{type(model).__name__}: has no head called {' or '.join(SCORE_HEADS)}; choose another base")
     if any(parameter.dtype != torch.float32 for parameter in head.parameters()):
         # a learning rate of 1e-5 would be lost in bf16's eight bits
+        if is_sharded(model):
+            _require_master_weights(head)
+            return
         head.float().register_forward_pre_hook(_float32_input)
+
+
+def _require_master_weights(head: nn.Module) -> None:
+    """ZeRO-3 has one data type for all; with --bf16 or --fp16 it keeps float32 copies of what is trained.
+
+    Raises:
+        InputError: it would not.
+    """
+    from transformers.integrations.deepspeed import deepspeed_config
+
+    settings = deepspeed_config() or {}
+    halves = [settings.get(name, {}).get("enabled") for name in ("bf16", "fp16")]
+    if not any(half is True for half in halves):
+        found = next(head.parameters()).dtype
+        raise InputError(
+            f"--deepspeed: ZeRO-3 would train the score head in {found}, which loses small steps; add --bf16 True "
+            "(float32 copies are kept then), or --dtype float32"
+        )
 
 
 def _float32_input(head: nn.Module, inputs: tuple) -> tuple:
@@ -293,6 +328,8 @@ def _build_model(
     settle_quantized(model, quantization.compute_dtype if quantization else None)
     if is_deepspeed_zero3_enabled():
         gather_experts_together(model)
+    # an adapter and a score head are drawn next: the same ones under every engine, and ZeRO-3 draws while it loads
+    torch.manual_seed(torch.initial_seed())
     return model
 
 
@@ -306,7 +343,7 @@ def _device_map(device_map: str | None) -> str | None:
 
 def fit_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Grow the embedding (never shrink it) to hold every token id."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = shape_of(model.get_input_embeddings().weight)[0]
     if len(tokenizer) > rows:
         logger.info("embedding: %d rows grow to %d for the vocabulary", rows, len(tokenizer))
         model.resize_token_embeddings(len(tokenizer))

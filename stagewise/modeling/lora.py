@@ -13,6 +13,7 @@ from stagewise.arguments import LoraArguments
 from stagewise.errors import InputError
 from stagewise.modeling.quantization import TrainedBase, quantization_of, quantized_inside
 from stagewise.modeling.rope_scaling import check_peft_path
+from stagewise.modeling.sharded import shape_of
 
 logger = logging.getLogger(__name__)
 
@@ -168,11 +169,7 @@ def target_modules(model: nn.Module, spec: str) -> tuple[str | list[str], list[s
 
 def expert_parameters(model: nn.Module) -> list[str]:
     """Paths of the parameters that hold all experts of a layer, (experts, ., .) each; [] without a mixture."""
-    return [path for path, parameter in model.named_parameters() if "expert" in path and _dimensions(parameter) == 3]
-
-
-def _dimensions(parameter: nn.Parameter) -> int:
-    return len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves nothing of a parameter in place
+    return [path for path, parameter in model.named_parameters() if "expert" in path and len(shape_of(parameter)) == 3]
 
 
 def _is_called(path: str, name: str) -> bool:

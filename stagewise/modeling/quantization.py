@@ -22,6 +22,7 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, 
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from stagewise.arguments import LoraArguments, ModelArguments
+from stagewise.distributed import uses_fsdp
 from stagewise.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -153,7 +154,7 @@ def _require_possible(source: str, lora_args: LoraArguments, args: TrainingArgum
         raise InputError(f"{source}: quantized weights cannot be trained; leave out --use_peft False")
     if is_deepspeed_zero3_enabled():
         raise InputError(f"{source}: ZeRO-3 cannot share out quantized weights; use ZeRO-2, or no quantization")
-    if args.fsdp:
+    if uses_fsdp(args):
         raise InputError(f"{source}: FSDP cannot share out quantized weights; use torchrun alone, or no quantization")
     require_bitsandbytes(source)
 

@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput
 
 from stagewise.losses.logprobs import IGNORE_INDEX, head_cross_entropy, linear_cross_entropy
 from stagewise.modeling.experts import RouterLoss
+from stagewise.modeling.sharded import module_by_module
 
 
 @dataclass
@@ -151,18 +152,18 @@ def logit_transform(config) -> Callable[[Tensor], Tensor] | None:
 def hidden_states_reproduce_logits(model, original, transform) -> bool:
     """Compare head(decoder(x)) with the architecture's own logits on a handful of tokens."""
     config = model.config.get_text_config()
-    sharded = any(hasattr(p, "ds_id") for p in model.parameters())
     if not hasattr(model, "get_decoder") or model.get_output_embeddings() is None:
         return False
     device = model.get_input_embeddings().weight.device
-    if device.type == "meta" or sharded:
+    if device.type == "meta":
         return True
     was_training = model.training
     model.eval()
     try:
         ids = torch.arange(1, 9, device=device)[None] % config.vocab_size
-        logits = original(input_ids=ids, use_cache=False).logits.float()
-        mine = model.get_output_embeddings()(last_hidden_state(model, input_ids=ids))
+        with module_by_module(model):
+            logits = original(input_ids=ids, use_cache=False).logits.float()
+            mine = model.get_output_embeddings()(last_hidden_state(model, input_ids=ids))
         mine = (mine if transform is None else transform(mine)).float()
     finally:
         model.train(was_training)

@@ -2,8 +2,13 @@
 
 import json
 import logging
+import os
 import re
+from math import prod
 from pathlib import Path
+
+import psutil
+from safetensors import safe_open
 
 from stagewise.errors import InputError
 
@@ -30,14 +35,32 @@ def find_resume_checkpoint(value: str | bool | None, output_dir: str) -> str | N
         if problem:
             raise InputError(f"--resume_from_checkpoint {value}: {problem}")
         return str(value)
+    newest = newest_checkpoint(output_dir)
+    if newest is None:
+        raise InputError(
+            f"--resume_from_checkpoint True: no whole checkpoint in {output_dir}; leave the flag out to start"
+        )
+    return newest
+
+
+def newest_checkpoint(output_dir: str) -> str | None:
+    """The newest checkpoint that is whole, or None; the log names those that are not."""
     for folder in sorted_checkpoints(output_dir):
         problem = checkpoint_problem(folder)
         if problem is None:
             return str(folder)
         logger.warning("resume: passing over %s: %s", folder, problem)
-    raise InputError(
-        f"--resume_from_checkpoint True: no whole checkpoint in {output_dir}; leave the flag out to start"
-    )
+    return None
+
+
+def was_restarted(output: Path) -> bool:
+    """Whether torchrun has started this process again after one of its group had died, and the run in `output` is the
+    one that died: its run_config.yaml was written since that torchrun began.
+    """
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+        return False
+    config = output / "run_config.yaml"
+    return config.is_file() and config.stat().st_mtime >= psutil.Process(os.getppid()).create_time()
 
 
 def sorted_checkpoints(output_dir: str) -> list[Path]:
@@ -76,6 +99,23 @@ def last_good_checkpoint(output_dir: str, until: int) -> str | None:
         if checkpoint_problem(folder) is None and checkpoint_step(str(folder)) <= until:
             return str(folder)
     return None
+
+
+def check_saved(output_dir: str) -> None:
+    """Make sure that a model was written: sharding engines save nothing, or empty tensors, without an error.
+
+    Raises:
+        RuntimeError: with what is missing.
+    """
+    files = sorted(Path(output_dir).glob("*.safetensors"))
+    if not files:
+        raise RuntimeError(f"{output_dir}: no weights were written")
+    for path in files:
+        with safe_open(path, "pt") as tensors:
+            names = tensors.keys()
+            empty = [name for name in names if not prod(tensors.get_slice(name).get_shape())]
+        if empty or not names:
+            raise RuntimeError(f"{path}: was written without values: {', '.join(empty[:5]) or 'it holds no tensors'}")
 
 
 def checkpoint_step(checkpoint: str) -> int:

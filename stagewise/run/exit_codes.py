@@ -78,6 +78,8 @@ def _quiet_libraries() -> None:
     logging.getLogger("DeepSpeed").addFilter(lambda record: "unable to detect it" not in record.getMessage())
     # a language model that becomes a reward model, or is the base of one, has no score head: that is expected
     logging.getLogger("transformers.modeling_utils").addFilter(lambda record: not _misses_score_head_alone(record))
+    # DeepSpeed calls what torch is about to rename
+    warnings.filterwarnings("ignore", message=".*torch.distributed.all_gather_into_tensor", category=FutureWarning)
     # peft reads a name that transformers renamed
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 

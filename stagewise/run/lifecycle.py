@@ -16,13 +16,21 @@ import torch
 import yaml
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState, set_seed
 
+from stagewise.distributed import decide_on_first
 from stagewise.errors import InputError, TrainingDiverged
 from stagewise.modeling.attention import check_kernel
 from stagewise.modeling.quantization import Quantization
 from stagewise.modeling.rope_scaling import rope_setting
 from stagewise.run import lineage
 from stagewise.run.callbacks import SaveLineage, SaveOnSignal, SaveStreamPosition, resume_stream
-from stagewise.run.checkpoints import checkpoint_step, find_resume_checkpoint, last_good_checkpoint
+from stagewise.run.checkpoints import (
+    check_saved,
+    checkpoint_step,
+    find_resume_checkpoint,
+    last_good_checkpoint,
+    newest_checkpoint,
+    was_restarted,
+)
 from stagewise.run.logging import LogLine, peak_memory_gib, setup_logging
 from stagewise.run.memory import MemoryPlan
 from stagewise.run.plots import plot_curves, plot_loss, plot_scores
@@ -49,7 +57,8 @@ def start_run(args, run_args) -> str | None:
         run_args: overwrite_output_dir, dry_run, logging_dir.
 
     Returns:
-        The checkpoint to resume from, or None.
+        The checkpoint to resume from, or None. The first process of a group finds it for all. A group that torchrun
+        has restarted goes on from the newest sound one, whatever the flags said at its first start.
 
     Raises:
         InputError: output_dir is in use and neither --resume_from_checkpoint nor --overwrite_output_dir is given; the
@@ -64,8 +73,21 @@ def start_run(args, run_args) -> str | None:
             "or set CUDA_VISIBLE_DEVICES to one of them"
         )
     os.environ["TENSORBOARD_LOGGING_DIR"] = run_args.logging_dir or str(Path(args.output_dir) / "logs")
-    checkpoint = find_resume_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    return decide_on_first(lambda: _settle_output_dir(args, run_args))
+
+
+def _settle_output_dir(args, run_args) -> str | None:
+    """The checkpoint to go on from; see start_run."""
     output = Path(args.output_dir)
+    if was_restarted(output):
+        newest = newest_checkpoint(args.output_dir)
+        if newest is not None:
+            logger.warning("restarted after a process died: going on from %s", newest)
+            return newest
+        if args.resume_from_checkpoint is None:
+            logger.warning("restarted after a process died, before the first checkpoint: starting over")
+            return None
+    checkpoint = find_resume_checkpoint(args.resume_from_checkpoint, args.output_dir)
     if output.is_file():
         raise InputError(f"--output_dir {output}: is a file")
     used = output.is_dir() and any(output.iterdir())
@@ -217,7 +239,11 @@ def train_and_save(
             trainer.state.global_step,
         )
         raise SystemExit(128 + stopper.received)
+    if trainer.is_fsdp_enabled:  # checkpoints may be in shards; the result is a whole model
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
+    if trainer.args.should_save:
+        check_saved(trainer.args.output_dir)
     trainer.save_state()
     metrics["peak_memory_gib"] = round(peak_memory_gib(), 3)
     if memory is not None:

@@ -1,6 +1,5 @@
 """The memory a run will want: its arguments as a TrainingSetup, and the memory that is there."""
 
-import json
 import logging
 import math
 import os
@@ -16,6 +15,7 @@ import torch
 from transformers import PretrainedConfig
 
 from stagewise.arguments import LoraArguments, ModelArguments, StageTrainingArguments
+from stagewise.distributed import deepspeed_settings, uses_fsdp, zero_stage
 from stagewise.errors import InputError
 from stagewise.modeling.loading import load_config
 from stagewise.modeling.memory import (
@@ -200,17 +200,15 @@ def _attention(stage: str, args: ModelArguments, shape: ModelShape, compiled: bo
 def _sharding(args: StageTrainingArguments) -> dict[str, Any]:
     """What DeepSpeed's or FSDP's settings say about who holds what."""
     if args.deepspeed:
-        config = args.deepspeed
-        if isinstance(config, (str, os.PathLike)):
-            config = json.loads(Path(config).read_text(encoding="utf-8"))
-        zero = config.get("zero_optimization", {})
+        zero = deepspeed_settings(args).get("zero_optimization", {})
         offloads = {
             name: (zero.get(f"offload_{key}") or {}).get("device", "none") not in (None, "none")
             for name, key in (("offload_optimizer", "optimizer"), ("offload_parameters", "param"))
         }
-        return {"engine": "deepspeed", "stage": int(zero.get("stage", 0)), "half": args.bf16 or args.fp16} | offloads
-    if args.fsdp:
-        return {"engine": "fsdp", "stage": 2 if "shard_grad_op" in str(args.fsdp) else 3}
+        return {"engine": "deepspeed", "stage": zero_stage(args), "half": args.bf16 or args.fp16} | offloads
+    if uses_fsdp(args):
+        shards_all = (args.fsdp_config or {}).get("reshard_after_forward", True)
+        return {"engine": "fsdp", "stage": 3 if str(shards_all).lower() in ("true", "full_shard") else 2}
     return {}
 
 

@@ -8,7 +8,6 @@ weights, the seed and its number, which makes a resumed run the same as one that
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -22,6 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import GenerationConfig, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
 
+from stagewise.distributed import uses_fsdp, zero_stage
 from stagewise.errors import InputError, TrainingDiverged
 from stagewise.losses import policy_gradient as pg
 from stagewise.modeling.actor_critic import ActorCritic
@@ -499,15 +499,8 @@ def _refuse(args) -> None:
             args.train_sampling_strategy == "group_by_length",
             "--train_sampling_strategy group_by_length: rollouts are sorted by length anyway; use random",
         ),
-        (args.fsdp, "--fsdp: PPO runs on plain data parallelism or ZeRO-2; leave it out"),
-        (args.deepspeed and _zero_stage(args) == 3, "--deepspeed: PPO runs with ZeRO-2, not with ZeRO-3"),
+        (uses_fsdp(args), "--fsdp: PPO runs on plain data parallelism or ZeRO-2; leave it out"),
+        (zero_stage(args) == 3, "--deepspeed: PPO runs with ZeRO-2, not with ZeRO-3"),
     ):
         if used:
             raise InputError(message)
-
-
-def _zero_stage(args) -> int:
-    config = args.deepspeed
-    if isinstance(config, (str, os.PathLike)):
-        config = json.loads(Path(config).read_text(encoding="utf-8"))
-    return int(config.get("zero_optimization", {}).get("stage", 0))

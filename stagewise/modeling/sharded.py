@@ -1,0 +1,59 @@
+"""Models whose parameters ZeRO-3 has shared out among processes: their shapes, and a forward pass before training."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+
+import torch
+from torch import nn
+
+
+def shape_of(parameter: torch.Tensor) -> torch.Size:
+    """The shape of the whole parameter; ZeRO-3 leaves nothing of it in place."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def whole(parameters: Iterable[nn.Parameter], changes: bool = False) -> AbstractContextManager:
+    """The parameters whole on every process; every process has to come here.
+
+    Args:
+        changes: what the first process makes of them in the context is kept, for all.
+    """
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not sharded:
+        return nullcontext()
+    from deepspeed import zero
+
+    return zero.GatheredParameters(sharded, modifier_rank=0 if changes else None)
+
+
+@contextmanager
+def module_by_module(model: nn.Module) -> Iterator[None]:
+    """Let a sharded model run: each module has its own parameters whole while it is called, and only then.
+
+    DeepSpeed sees to this from the start of training on. Before it the model could not run at all, and in one piece it
+    may not fit.
+    """
+    gathered: dict[nn.Module, ExitStack] = {}
+
+    def gather(module: nn.Module, inputs: tuple) -> None:
+        gathered[module] = ExitStack()
+        gathered[module].enter_context(whole(module.parameters(recurse=False)))
+
+    def release(module: nn.Module, inputs: tuple, output: object) -> None:
+        gathered.pop(module).close()
+
+    handles = []
+    for module in model.modules():
+        if any(hasattr(parameter, "ds_id") for parameter in module.parameters(recurse=False)):
+            handles += [module.register_forward_pre_hook(gather), module.register_forward_hook(release)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for stack in gathered.values():  # a forward pass that failed
+            stack.close()
