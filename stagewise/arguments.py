@@ -311,6 +311,9 @@ class RunArguments:
 
     overwrite_output_dir: bool = _option(False, "Start anew in an output_dir that is not empty.")
     dry_run: bool = _option(False, "Do everything up to step 0, print a report, and stop.")
+    print_cost: str | None = _option(
+        None, "At the end say how long TOKENS would take, or TOKENS,MACHINES, such as 1e9,4, going by this run."
+    )
     plot_loss: bool = _option(True, "Draw the curves of the run as .png files into output_dir.")
     early_stopping_stall_num: int | None = _option(
         None, "Stop after this many evaluations in a row without a better loss."
@@ -323,6 +326,21 @@ class RunArguments:
         _require(stall is None or stall >= 1, "early_stopping_stall_num", stall, "1 or more")
         floor = self.min_lr
         _require(floor is None or 0 <= floor < math.inf, "min_lr", floor, "a learning rate, 0 or more")
+        if self.cost is not None:
+            _require(not self.dry_run, "print_cost", self.print_cost, "a run that trains, without --dry_run True")
+
+    @property
+    def cost(self) -> tuple[int, int] | None:
+        """(tokens, machines) of --print_cost: "1e9" is (1000000000, 1), "1e9,4" is (1000000000, 4)."""
+        if self.print_cost is None:
+            return None
+        try:
+            numbers = [float(part) for part in _names("print_cost", self.print_cost)]
+        except ValueError:
+            numbers = []
+        whole = len(numbers) in (1, 2) and all(1 <= number < math.inf and number % 1 == 0 for number in numbers)
+        _require(whole, "print_cost", self.print_cost, "tokens, or tokens,machines, such as 1e9,4")
+        return int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else 1
 
 
 @dataclass

@@ -85,7 +85,9 @@ def one_process(command, tmp_path_factory) -> Path:
 def ppo_command(tiny_model_dir, tmp_path_factory):
     """(output folder, flags) -> arguments of ppo_training.py, with a reward that counts letters."""
     folder = tmp_path_factory.mktemp("ppo")
-    (folder / "rewards.py").write_text("def letters(prompts, answers): return [len(answer) / 10 for answer in answers]")
+    (folder / "rewards.py").write_text(
+        "def letters(prompts, answers): return [len(answer) / 10 for answer in answers]"
+    )
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"question": f"{i}?"}) + "\n" for i in range(16)))
 
     def arguments(output: Path, *flags: str) -> list[str]:

@@ -11,6 +11,7 @@ FLOORS = {
     "stagewise.errors": -2,
     "stagewise.arguments": 0,
     "stagewise.old_spellings": -1,
+    "stagewise.distributed": -1,
     "template": 0,
     "stagewise.losses": 1,
     "stagewise.data": 2,

@@ -22,9 +22,12 @@ from stagewise.arguments import LoraArguments, ModelArguments
 from stagewise.modeling.lora import attach_adapter
 from stagewise.modeling.memory import (
     GIB,
+    WORLD_SIZES,
     Memory,
     TrainingSetup,
+    by_engine,
     describe,
+    describe_engines,
     estimate,
     fits,
     optimizer_bytes,
@@ -572,7 +575,13 @@ def test_deepspeed_configurations(tmp_path):
     for deepspeed in (str(path), {"zero_optimization": zero}):
         args = SimpleNamespace(deepspeed=deepspeed, bf16=True, fp16=False, fsdp=None)
         assert run_memory._sharding(args) == expected
-    assert run_memory._sharding(SimpleNamespace(deepspeed=None, fsdp="full_shard"))["stage"] == 3
+    for keeps_parameters, stage in (
+        ({}, 3),
+        ({"reshard_after_forward": True}, 3),
+        ({"reshard_after_forward": False}, 2),
+    ):
+        sharded = SimpleNamespace(deepspeed=None, fsdp=True, fsdp_config=keeps_parameters)
+        assert run_memory._sharding(sharded)["stage"] == stage
     assert run_memory._sharding(SimpleNamespace(deepspeed=None, fsdp="")) == {}
 
 
@@ -858,3 +867,24 @@ def test_70b_is_looked_at_without_a_weight_in_memory():
     found = estimate(shape, TrainingSetup(rows=1, length=4096, weight_bytes=2, bits=4, checkpointing=True))
     # half a byte and 1.0156 / 64 for 68.45e9 weights of linear layers, two bytes for embedding and head
     assert found.weights / GIB == pytest.approx(36.8, abs=0.1)
+
+
+def test_engines_side_by_side():
+    """Sharding divides what the devices hold; quantized weights are shared out by none."""
+    model = plan_of(TrainingSetup(rows=1, length=512), FULL).model
+    setup = TrainingSetup(rows=1, length=512)
+    table = by_engine(model, setup, half=False)
+    assert table["torchrun alone"][0] == estimate(model, setup).device
+    for name in ("--deepspeed zero3.json", "--fsdp True"):
+        sizes = table[name]
+        assert sizes == sorted(sizes, reverse=True)
+        # 16 bytes for each of 8 billion parameters: weights, gradients, AdamW
+        assert sizes[1] - sizes[3] > 16 * 8e9 * (1 / 2 - 1 / 8) * 0.95
+    zero2, ddp = table["--deepspeed zero2.json"][3], table["torchrun alone"][3]
+    assert table["--deepspeed zero3.json"][3] < zero2 < ddp
+    assert table["--deepspeed zero3_offload.json"][3] < table["--deepspeed zero3.json"][3]
+    quantized = by_engine(plan_of(setup, LORA).model, replace(setup, bits=4), half=True)
+    assert list(quantized) == ["torchrun alone", "--deepspeed zero2.json", "--deepspeed zero2_offload.json"]
+    text = describe_engines(model, setup, half=False)
+    for number in (*WORLD_SIZES, *table):
+        assert str(number) in text

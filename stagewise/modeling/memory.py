@@ -6,8 +6,8 @@ Korthikanti et al. 2022 (arXiv 2205.05198), see `saved_by_layers`.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -22,6 +22,8 @@ USABLE = 0.9
 HOST_BUFFERS = 1.5
 # Numbers of the size of its parameter that an optimizer keeps; AdamW's two where it is not listed.
 OPTIMIZER_STATES = {"sgd": 0, "adagrad": 1, "rmsprop": 1, "lion": 1, "lomo": 0, "ademamix": 3}
+# Of by_engine's table.
+WORLD_SIZES = (1, 2, 4, 8, 16)
 # bitsandbytes: a scale in float32 for so many numbers of an 8-bit optimizer state, or of 4-bit weights.
 STATE_BLOCK, WEIGHT_BLOCK, SCALE_BLOCK = 256, 64, 256
 
@@ -412,6 +414,47 @@ def describe(found: MemoryEstimate, memory: Memory, local_processes: int = 1) ->
         f"{capture.get()}activations {without} --gradient_checkpointing True: {gib(other)} GiB\n"
         f"memory: {verdict} (an estimate; {1 - USABLE:.0%} are left free for the allocator's gaps)"
     )
+
+
+def by_engine(model: ModelShape, setup: TrainingSetup, half: bool) -> dict[str, list[int]]:
+    """Bytes of a device under each engine, with each of WORLD_SIZES processes of the same batch.
+
+    Args:
+        half: training multiplies in 16 bits, so that DeepSpeed keeps weights in them.
+    """
+    sped = {"engine": "deepspeed", "half": half, "autocast": False}
+    offload = {"offload_optimizer": True, "offload_parameters": True}
+    plain: dict[str, Any] = {"stage": 0, "autocast": half, "offload_optimizer": False, "offload_parameters": False}
+    engines: dict[str, dict[str, Any]] = {
+        "torchrun alone": {**plain, "engine": "ddp"},
+        "--deepspeed zero2.json": {**plain, **sped, "stage": 2},
+        "--deepspeed zero2_offload.json": {**plain, **sped, "stage": 2, "offload_optimizer": True},
+        "--deepspeed zero3.json": {**plain, **sped, "stage": 3},
+        "--deepspeed zero3_offload.json": {**plain, **sped, "stage": 3, **offload},
+        "--fsdp True": {**plain, "engine": "fsdp", "stage": 3},
+    }
+    return {
+        name: [
+            estimate(model, replace(setup, processes=size, local_processes=min(size, 8), **changes)).device
+            for size in WORLD_SIZES
+        ]
+        for name, changes in engines.items()
+        if setup.bits is None or changes["stage"] < 3  # quantized weights are not shared out
+    }
+
+
+def describe_engines(model: ModelShape, setup: TrainingSetup, half: bool) -> str:
+    """by_engine as a table."""
+    table = Table(title="GiB of each device, by engine and number of processes")
+    table.add_column("")
+    for size in WORLD_SIZES:
+        table.add_column(str(size), justify="right")
+    for name, sizes in by_engine(model, setup, half).items():
+        table.add_row(name, *map(gib, sizes))
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip("\n")
 
 
 def _rows(found: MemoryEstimate) -> list[tuple[str, int, int]]:

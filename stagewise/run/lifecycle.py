@@ -31,6 +31,7 @@ from stagewise.run.checkpoints import (
     newest_checkpoint,
     was_restarted,
 )
+from stagewise.run.cost import describe_cost
 from stagewise.run.logging import LogLine, peak_memory_gib, setup_logging
 from stagewise.run.memory import MemoryPlan
 from stagewise.run.plots import plot_curves, plot_loss, plot_scores
@@ -288,6 +289,10 @@ def report_run(trainer: Trainer, run_args, arguments: Sequence[object], data_rep
     """Plots and model card, on the main process."""
     if not trainer.args.should_save:
         return
+    if run_args.cost:
+        world = trainer.args.world_size
+        machines = max(1, world // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+        print(describe_cost(trainer.state.log_history, run_args.cost, world, machines))
     output = Path(trainer.args.output_dir)
     stage = lineage.read_stage(output) or {}
     if run_args.plot_loss:

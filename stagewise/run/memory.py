@@ -24,6 +24,7 @@ from stagewise.modeling.memory import (
     MemoryEstimate,
     TrainingSetup,
     describe,
+    describe_engines,
     estimate,
     gib,
     shortages,
@@ -79,7 +80,9 @@ class MemoryPlan:
             trained = f"{self.model.parameters:,} parameters, {self.model.trainable:,} trained beside them"
         setup = self.setup
         head = f"memory for {trained}; {setup.rows} rows of {setup.length} tokens in a forward pass"
-        return f"{head}\n{describe(self.estimate, self.memory, setup.local_processes)}"
+        half = bool(self.args.bf16 or self.args.fp16)
+        table = describe(self.estimate, self.memory, setup.local_processes)
+        return f"{head}\n{table}\n{describe_engines(self.model, setup, half)}"
 
 
 def plan_memory(

@@ -1,0 +1,198 @@
+"""The ways to start several processes: deepspeed, accelerate launch, run_*.sh on two nodes; a process that dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from stagewise.arguments import StageTrainingArguments
+from stagewise.errors import InputError
+from tests.stages import losses, weights
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+
+
+def start(*command: str, **env: str) -> subprocess.Popen:
+    environment = {
+        **os.environ, "VIRTUAL_ENV": sys.prefix, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env,
+    }  # fmt: skip
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def output(process: subprocess.Popen, timeout: int = 300) -> str:
+    text, _ = process.communicate(timeout=timeout)
+    assert process.returncode == 0, text[-4000:]
+    return text
+
+
+@pytest.fixture
+def flags(tiny_model_dir, sft_file):
+    """(output folder, rows of a process's batch) -> arguments of supervised_finetuning.py."""
+
+    def arguments(folder: Path, rows: int, steps: int = 3) -> list[str]:
+        return [
+            "--model_name_or_path", tiny_model_dir, "--train_file_dir", sft_file, "--validation_file_dir", sft_file,
+            "--template_name", "chatml", "--model_max_length", "128", "--output_dir", str(folder), "--lora_dropout",
+            "0", "--do_train", "True", "--max_steps", str(steps), "--logging_steps", "1", "--learning_rate", "1e-3",
+            "--save_strategy", "no", "--report_to", "none", "--per_device_train_batch_size", str(rows),
+        ]  # fmt: skip
+
+    return arguments
+
+
+@pytest.fixture
+def one_process(flags, tmp_path) -> Path:
+    import supervised_finetuning
+
+    supervised_finetuning.main(flags(tmp_path / "one", 4))
+    return tmp_path / "one"
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert losses(one) == pytest.approx(losses(other), rel=1e-4)
+    first, second = weights(one), weights(other)
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-4)
+
+
+def test_the_deepspeed_launcher(flags, one_process, tmp_path):
+    """As the tutorials of 2023 start it; it puts --local_rank in front of the flags."""
+    command = ("deepspeed", "--num_gpus", "2", "--master_port", "29801", "supervised_finetuning.py")
+    text = output(start(*command, *flags(tmp_path / "two", 2), "--deepspeed", "zero2.json"))
+    assert "--local_rank=1" in text
+    assert_same_run(one_process, tmp_path / "two")
+
+
+def test_plain_python_under_deepspeed(flags, one_process, tmp_path):
+    output(start("python", "supervised_finetuning.py", *flags(tmp_path / "sped", 4), "--deepspeed", "zero3.json"))
+    assert_same_run(one_process, tmp_path / "sped")
+
+
+def test_accelerate_launch_with_deepspeed(flags, one_process, tmp_path):
+    command = ("accelerate", "launch", "--config_file", "accelerate_deepspeed.yaml", "--main_process_port", "29803")
+    output(start(*command, "supervised_finetuning.py", *flags(tmp_path / "two", 2)))
+    assert_same_run(one_process, tmp_path / "two")
+
+
+def test_accelerate_launch_with_fsdp(flags, one_process, tmp_path):
+    """With what its YAML says, all but the machine: accelerate's own FSDP is for accelerators, see run_in_group."""
+    job = {"script": "supervised_finetuning", "argv": flags(tmp_path / "two", 2)}
+    (tmp_path / "jobs.json").write_text(json.dumps([job]))
+    command = ("accelerate", "launch", "--config_file", "accelerate_fsdp.yaml", "--main_process_port", "29805")
+    text = output(start(*command, "tests/run_in_group.py", str(tmp_path / "jobs.json"), FSDP_ON_CPU="1"))
+    assert "engine of supervised_finetuning: FSDP" in text
+    assert_same_run(one_process, tmp_path / "two")
+
+
+def shell(flags: list[str], **env: str) -> subprocess.Popen:
+    """run_sft.sh with its presets overridden."""
+    plain = ["--lora_alpha", "32", "--warmup_steps", "0", "--lr_scheduler_type", "linear"]
+    plain += ["--gradient_accumulation_steps", "1", "--eval_strategy", "no", "--gradient_checkpointing", "False"]
+    values = dict(zip(flags[::2], flags[1::2], strict=True))
+    found = {"MODEL": values["--model_name_or_path"], "TRAIN": values["--train_file_dir"], "TEMPLATE": "chatml"}
+    return start("bash", "run_sft.sh", *flags, *plain, **found, **env)
+
+
+def test_two_nodes_train_together(flags, one_process, tmp_path):
+    """Two torchrun groups that meet at the loopback address."""
+    node = {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29807"}
+    nodes = [
+        shell(flags(tmp_path / "two", 2), NODE_RANK=str(rank), GLOO_SOCKET_IFNAME="lo", **node) for rank in range(2)
+    ]
+    for process in nodes:
+        output(process)
+    assert_same_run(one_process, tmp_path / "two")
+
+
+def test_a_killed_process_costs_nothing_but_time(flags, tmp_path):
+    """One of two is killed after the first checkpoint; the run ends by itself where an undisturbed one does."""
+    saved = ["--save_strategy", "steps", "--save_steps", "4"]
+    group = {"NPROC_PER_NODE": "2", "MAX_RESTARTS": "1"}
+    undisturbed = shell([*flags(tmp_path / "whole", 2, 60), *saved], MASTER_PORT="29809", **group)
+    output(undisturbed)
+    run = shell([*flags(tmp_path / "killed", 2, 60), *saved], MASTER_PORT="29811", **group)
+    wait_for(tmp_path / "killed" / "checkpoint-8" / "trainer_state.json", run)
+    second = next(
+        process
+        for process in psutil.Process(run.pid).children(recursive=True)
+        if process.environ().get("RANK") == "1" and process.environ().get("LOCAL_RANK") == "1"
+    )
+    second.send_signal(signal.SIGKILL)
+    text = output(run)
+    assert "restarted after a process died: going on from" in text
+    whole, killed = losses(tmp_path / "whole"), losses(tmp_path / "killed")
+    assert whole == killed
+    assert whole[60] == killed[60]
+    first, other = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.01)
+
+
+# --- what cannot be honoured -----------------------------------------------------------------------------------------
+
+
+def refusal(**settings: object) -> str:
+    with pytest.raises(InputError) as caught:
+        StageTrainingArguments(output_dir="never-written", use_cpu=True, **settings)
+    return str(caught.value)
+
+
+def test_settings_that_cannot_be_honoured(tmp_path, monkeypatch):
+    assert "--fsdp: the run is on CPU" in refusal(fsdp="True")
+    assert "give one of them" in refusal(fsdp="True", deepspeed="zero2.json")
+    assert "has no meaning without --fsdp" in refusal(fsdp_config="fsdp.json")
+    assert "none.json: cannot be read" in refusal(deepspeed=str(tmp_path / "none.json"))
+    (tmp_path / "bad.json").write_text("{")
+    assert "bad.json: not valid JSON" in refusal(deepspeed=str(tmp_path / "bad.json"))
+    settings = json.loads((ROOT / "zero3.json").read_text())
+    settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = False
+    (tmp_path / "ungathered.json").write_text(json.dumps(settings))
+    assert "writes no model at all" in refusal(deepspeed=str(tmp_path / "ungathered.json"))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert "--fsdp: the run is on CPU" in refusal()
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert "without a file of its settings" in refusal()
+    assert not Path("never-written").exists()
+
+
+def test_several_gpus_and_one_plain_process(monkeypatch):
+    """transformers would wrap the model in nn.DataParallel; here the torchrun line is printed."""
+    from types import SimpleNamespace
+
+    from stagewise.run.lifecycle import start_run
+
+    args = SimpleNamespace(seed=1, n_gpu=4, output_dir="never-written")
+    with pytest.raises(InputError, match="torchrun --nproc_per_node 4"):
+        start_run(args, SimpleNamespace())
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3", "zero2_offload", "zero3_offload"])
+def test_shipped_settings_are_auto_where_flags_say_it(name):
+    """So that no flag and file can contradict each other."""
+    settings = json.loads((ROOT / f"{name}.json").read_text())
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        assert settings[key] == "auto"
+    assert settings["fp16"]["enabled"] == settings["bf16"]["enabled"] == settings["gradient_clipping"] == "auto"
+    zero = settings["zero_optimization"]
+    assert zero["stage"] == int(name[4])
+    assert zero.get("stage3_gather_16bit_weights_on_model_save", zero["stage"] < 3)
+    assert ("offload_optimizer" in zero) == name.endswith("offload")
