@@ -26,7 +26,10 @@ def main(path: str) -> None:
         unset_hf_deepspeed_config()
         importlib.import_module(job["script"]).main(job["argv"])
         engine, stage = AcceleratorState().distributed_type.value, 3 if is_deepspeed_zero3_enabled() else 2
-        print(f"engine of {job['script']}: {engine}" + f" {stage}" * (engine == "DEEPSPEED"), flush=True)
+        engine += f" {stage}" * (engine == "DEEPSPEED")
+        # in one piece, or the lines of two processes run into each other
+        sys.stdout.write(f"engine of {job['script']}: {engine}\n")
+        sys.stdout.flush()
 
 
 def allow_fsdp_on_cpu() -> None:

@@ -132,13 +132,24 @@ def train_group(name: str, command, ppo_command, folder: Path) -> Path:
         ]
     if name in ("ddp", "zero2"):
         jobs.append({"script": "ppo_training", "argv": ppo_command(folder / "ppo", *engine)})
+    if name.startswith("zero"):
+        jobs.append(job("sft-full", "offloaded", "--deepspeed", str(offload_without_compiler(name, folder))))
     (folder / "jobs.json").write_text(json.dumps(jobs))
     env = {"FSDP_ON_CPU": "1"} if name == "fsdp" else {}
     done = check(torchrun("tests/run_in_group.py", str(folder / "jobs.json"), env=env))
     found = re.findall(r"engine of (\w+): (.*)", done.stdout)
-    assert found.count(("supervised_finetuning", USED[name])) == 2 * (2 + 2 * len(RESUMED))
+    assert found.count(("supervised_finetuning", USED[name])) == 2 * (2 + 2 * len(RESUMED) + name.startswith("zero"))
     assert {engine for _, engine in found} == {USED[name]}
     return folder
+
+
+def offload_without_compiler(name: str, folder: Path) -> Path:
+    """The shipped settings but for DeepSpeed's optimizer, which is compiled for minutes when first used."""
+    settings = json.loads((ROOT / f"{name}_offload.json").read_text())
+    del settings["optimizer"]
+    settings["zero_force_ds_cpu_optimizer"] = False
+    (folder / "offload.json").write_text(json.dumps(settings))
+    return folder / "offload.json"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -168,6 +179,15 @@ def test_the_saved_model_is_whole(case, two_processes, tiny_model_dir):
         base = auto.from_pretrained(tiny_model_dir, **extra)
         PeftModel.from_pretrained(base, two_processes / case)
     assert all(tensor.numel() and torch.isfinite(tensor).all() for tensor in weights(two_processes / case).values())
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_offloading_changes_nothing(engine, group, one_process):
+    run = group(engine) / "offloaded"
+    assert losses(one_process / "sft-full") == pytest.approx(losses(run), rel=1e-4)
+    first, second = weights(one_process / "sft-full"), weights(run)
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", RESUMED)

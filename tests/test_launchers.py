@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -144,6 +145,16 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 200) -> Non
         assert process.poll() is None, process.communicate()[0][-3000:]
         assert time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.01)
+
+
+def test_one_process_of_a_machine_prepares_the_data(flags, tmp_path):
+    """With an empty cache each row is tokenized, and each packed row put together, once."""
+    command = [*flags(tmp_path / "out", 2, 1), "--packing", "True", "--do_eval", "False"]
+    launch = (str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", "29813", "benchmarks/processes.py")
+    text = output(start(*launch, "--child", *command, HF_DATASETS_CACHE=str(tmp_path / "cache")))
+    prepared = {found["rank"]: found for found in map(json.loads, re.findall(r'^{"rank".*}$', text, re.M))}
+    assert prepared[1] == {"rank": 1, "tokenized": 0, "packed": 0}
+    assert prepared[0]["tokenized"] == prepared[0]["packed"] == 24
 
 
 # --- what cannot be honoured -----------------------------------------------------------------------------------------

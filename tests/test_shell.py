@@ -13,7 +13,7 @@ import pytest
 from tests.stages import losses, weights
 
 ROOT = Path(__file__).resolve().parents[1]
-KEPT = ("*.py", "*.sh", "*.txt", "*.md", "*.json", "pyproject.toml")
+KEPT = ("*.py", "*.sh", "*.txt", "*.md", "*.json", "*.yaml", "pyproject.toml")
 
 
 def run(command: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:

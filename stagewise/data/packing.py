@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 
 from stagewise.data.tokenization import ENCODING_VERSION
+from stagewise.distributed import decide_on_first
 from stagewise.errors import InputError
 from stagewise.losses.logprobs import IGNORE_INDEX
 
@@ -132,11 +133,20 @@ def pack_rows(dataset: Dataset, max_length: int) -> "PackedDataset":
     return packed
 
 
+def _bins(lengths: np.ndarray, names: np.ndarray, max_length: int) -> list[list[int]]:
+    """Rows that share a packed row, by their indices; those of each data set by themselves."""
+    bins = []
+    for name in dict.fromkeys(names.tolist()):
+        members = np.flatnonzero(names == name)
+        bins += [members[found].tolist() for found in best_fit_decreasing(lengths[members], max_length)]
+    return bins
+
+
 class PackedDataset(torch.utils.data.Dataset):
     """Rows of a tokenized data set packed by best-fit decreasing into rows of at most `max_length` tokens.
 
-    Only the assignment is in memory; ids stay in the memory-mapped data set. The first label of each document is
-    IGNORE_INDEX: no token is predicted from another document's last one.
+    Only the assignment is in memory, found by the first process for all; ids stay in the memory-mapped data set. The
+    first label of each document is IGNORE_INDEX: no token is predicted from another document's last one.
 
     Item: input_ids, labels (lists of equal length), seq_lengths, dataset (the first document's; a row holds documents
     of one data set only).
@@ -146,10 +156,7 @@ class PackedDataset(torch.utils.data.Dataset):
         self.dataset = dataset
         lengths = np.asarray(dataset.with_format("numpy")["length"][:])
         names = np.asarray(dataset["dataset"][:])
-        self.bins: list[list[int]] = []
-        for name in dict.fromkeys(names.tolist()):
-            members = np.flatnonzero(names == name)
-            self.bins += [members[b].tolist() for b in best_fit_decreasing(lengths[members], max_length)]
+        self.bins: list[list[int]] = decide_on_first(lambda: _bins(lengths, names, max_length))
         self.efficiency = float(lengths.sum() / (len(self.bins) * max_length)) if self.bins else 0.0
 
     def __len__(self) -> int:

@@ -76,7 +76,7 @@ def dpo_trainer_class() -> type:
             if self._check_first_loss and self.model.training:
                 self._check_first_loss = False
                 if self.state.global_step == 0:
-                    _require_ln2(float(result[0] if return_outputs else result), self.args)
+                    _require_ln2((result[0] if return_outputs else result).item(), self.args)
             return result
 
     return PreferenceTrainer
