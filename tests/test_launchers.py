@@ -12,9 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForSequenceClassification
 
 from stagewise.arguments import StageTrainingArguments
 from stagewise.errors import InputError
+from stagewise.modeling.loading import prepare_scoring
+from stagewise.run.checkpoints import check_saved, was_restarted
+from tests.architectures import tiny_config
 from tests.stages import losses, weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -207,3 +212,36 @@ def test_shipped_settings_are_auto_where_flags_say_it(name):
     assert zero["stage"] == int(name[4])
     assert zero.get("stage3_gather_16bit_weights_on_model_save", zero["stage"] < 3)
     assert ("offload_optimizer" in zero) == name.endswith("offload")
+
+
+def test_a_folder_of_another_run_is_not_gone_on_with(tmp_path, monkeypatch):
+    """A bad flag ends all processes too, and torchrun starts them again; the folder is then nobody's of this group."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not was_restarted(tmp_path)
+    config = tmp_path / "run_config.yaml"
+    config.write_text("{}")
+    assert was_restarted(tmp_path)
+    before = psutil.Process(os.getppid()).create_time() - 60
+    os.utime(config, (before, before))
+    assert not was_restarted(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    os.utime(config)
+    assert not was_restarted(tmp_path)
+
+
+def test_a_model_without_values_is_found_out(tmp_path):
+    with pytest.raises(RuntimeError, match="no weights were written"):
+        check_saved(str(tmp_path))
+    save_file({"a": torch.ones(2), "b": torch.empty(0)}, tmp_path / "model.safetensors")
+    with pytest.raises(RuntimeError, match="without values: b"):
+        check_saved(str(tmp_path))
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    check_saved(str(tmp_path))
+
+
+def test_a_score_head_in_16_bits_needs_master_weights_under_zero3(tokenizer):
+    config = tiny_config("llama", num_labels=1)
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.bfloat16)
+    model.score.weight.ds_id = 1  # what ZeRO-3 puts on its parameters
+    with pytest.raises(InputError, match="add --bf16 True"):
+        prepare_scoring(model, tokenizer)
