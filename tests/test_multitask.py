@@ -1,13 +1,16 @@
-"""Averages over tokens, samples and tasks: by hand, and the same however a batch is cut.
+"""Averages over tokens, samples and tasks: by hand, and the same however a batch is cut; task weights of a schedule.
 
 The tensors that a trainer would have are laid out from samples: (task, losses) where a loss of None is of a token that
 is not trained. The first token of each sample is an untrained one too, as it is in the collators' batches.
 """
 
+import json
+import math
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +20,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from stagewise.losses.logprobs import IGNORE_INDEX, linear_cross_entropy
-from stagewise.losses.multitask import AVERAGES, task_counts, token_weights
+from stagewise.losses.multitask import AVERAGES, CoBaWeights, SelfPacedWeights, task_counts, token_weights
 
 A, B, C = 0, 1, 2
 MODES = ("token", "sample", "task_token", "task_sample")
@@ -279,3 +282,213 @@ def test_the_gradient_is_that_of_the_formula(mode):
     assert_close(loss, expected)
     assert_close(hidden.grad, other.grad)
     assert (hidden.grad != 0).any()
+
+
+# Task weights that follow validation losses
+
+
+def slope_by_polyfit(values: Sequence[float]) -> float:
+    return np.polyfit(np.arange(len(values)), np.asarray(values), 1)[0]
+
+
+def softmax(values) -> np.ndarray:
+    values = np.exp(np.asarray(values) - np.max(values))
+    return values / values.sum()
+
+
+def self_paced(losses: np.ndarray, scale: float = 50.0) -> np.ndarray:
+    """(H, K) losses -> (K,) weights."""
+    slopes = np.array([slope_by_polyfit(task) for task in losses.T])
+    b = len(slopes) * slopes / np.abs(slopes).sum()
+    return softmax(scale * -softmax(b) * b)
+
+
+def coba(ratios: np.ndarray, warmup: int, history: int, tau: float) -> np.ndarray:
+    """The weights after validations 0 .. len(ratios), where ratios[s - 1] is r(s): (t-1, K) -> (K,)."""
+    tasks = ratios.shape[1]
+    windows = [ratios[max(0, t - 1 - history) : t - 1] for t in range(warmup, len(ratios) + 2)]
+    a = np.array([[slope_by_polyfit(task) for task in window.T] for window in windows])
+    worst = np.array([slope_by_polyfit(window.max(1)) for window in windows])
+    n = min(len(windows), history - warmup + 1)
+    rcs = softmax(tasks * a[-1] / np.abs(a[-1]).sum())
+    acs = softmax(-n * a[-1] / np.abs(a[-n:]).sum(0))
+    df = min(1.0, len(worst) * softmax(-tau * len(worst) * worst / np.abs(worst).sum())[-1])
+    weights = softmax(tasks * (df * rcs + (1 - df) * acs))
+    floor = 1 / (10 * tasks)
+    return weights if weights.min() >= floor else (1 - tasks * floor) * weights + floor
+
+
+def test_self_paced_weights_of_worked_slopes():
+    """Slopes -0.2 and -0.1."""
+    weights = SelfPacedWeights(num_tasks=2, history_length=4)
+    losses = [(1.5 - 0.2 * t, 1.5 - 0.1 * t) for t in range(4)]
+    for early in losses[:3]:
+        assert weights.update(early) == [0.5, 0.5]
+    assert weights.update(losses[3]) == pytest.approx([0.643601, 0.356399], abs=1e-6)
+    assert weights.update((0.7, 1.1)) == pytest.approx([0.643601, 0.356399], abs=1e-6)  # the lines go on
+    # s = (.452325, .440504) at scale 50
+    assert math.log(weights.weights[0] / weights.weights[1]) == pytest.approx(50 * (0.452325 - 0.440504), abs=1e-4)
+
+
+def test_self_paced_weights_see_the_last_validations_alone():
+    late = [(2.0, 1.0, 3.0), (1.8, 1.1, 2.5), (1.7, 0.7, 2.6)]
+    weights, fresh = (SelfPacedWeights(num_tasks=3, history_length=3, scale=2.0) for _ in range(2))
+    for losses in [(9.0, 1.0, 4.0), (1.0, 1.0, 4.0), *late]:
+        weights.update(losses)
+    for losses in late:
+        fresh.update(losses)
+    assert weights.weights == fresh.weights
+    assert fresh.weights == pytest.approx(self_paced(np.array(late), scale=2.0))
+
+
+RATIOS_A = [1, 0.9, 0.8, 0.7, 0.6, 0.5]
+RATIOS_B = [1, 0.98, 0.96, 0.94, 0.98, 1.02]
+
+
+def test_coba_weights_of_worked_ratios():
+    """t counts the validations: number 0 is the reference point, and the ratios are those of numbers 1 to 6."""
+    expected = dict.fromkeys((3, 4, 5), (0.237657, 0.762343))
+    expected |= {1: (0.5, 0.5), 2: (0.5, 0.5), 6: (0.609155, 0.390845), 7: (0.742605, 0.257395)}
+    weights = CoBaWeights(num_tasks=2, warmup=3, history_length=6, tau=5)
+    first = (2.5, 0.4)
+    for t, (a, b) in enumerate([(1, 1), *zip(RATIOS_A, RATIOS_B, strict=True)], 1):
+        assert weights.update((a * first[0], b * first[1])) == pytest.approx(expected[t], abs=1e-6), t
+        assert weights.weights == pytest.approx(expected[t], abs=1e-6)
+
+
+def test_coba_by_hand_at_the_end_of_the_warm_up():
+    """Slopes -0.1 and -0.02: 2 a / sum|a| = (-5/3, -1/3); the only A so far makes DF 1, so that w is of RCS alone."""
+    rcs_a = 1 / (1 + math.exp(4 / 3))
+    weight_a = 1 / (1 + math.exp(2 * (1 - 2 * rcs_a)))
+    weights = CoBaWeights(num_tasks=2, warmup=3, history_length=3)
+    for losses in [(1.0, 1.0), (0.95, 0.99), (0.85, 0.97)]:
+        weights.update(losses)
+    assert weights.weights == pytest.approx([weight_a, 1 - weight_a])
+
+
+def test_coba_weights_have_a_floor():
+    """One task of ten rises, the others are flat: RCS is about (1, 0, ...), so w would be about (1, e^-10, ...)."""
+    weights = CoBaWeights(num_tasks=10, warmup=3, history_length=3)
+    for step in range(3):
+        weights.update([1.0 + step, *[1.0] * 9])
+    rcs = 1 / (1 + 9 * math.exp(-10)), math.exp(-10) / (1 + 9 * math.exp(-10))
+    others = 1 / (9 + math.exp(10 * (rcs[0] - rcs[1])))
+    assert others < 0.01
+    assert weights.weights[1:] == pytest.approx([0.9 * others + 0.01] * 9)
+    assert min(weights.weights) > 0.01
+    assert sum(weights.weights) == pytest.approx(1)
+
+
+@st.composite
+def histories(draw) -> tuple[np.ndarray, int, int, float]:
+    """(validations, tasks) losses that wander, and CoBa's warmup, history_length and tau."""
+    warmup = draw(st.integers(3, 5))
+    history = draw(st.integers(warmup, 8))
+    length = draw(st.integers(warmup, 20))
+    tasks = draw(st.integers(2, 12))
+    generator = np.random.default_rng(draw(st.integers(0, 2**31)))
+    steps = generator.normal(-0.02, 0.1, size=(length, tasks))
+    return 2 * np.exp(np.cumsum(steps, axis=0)), warmup, history, draw(st.sampled_from([0.5, 5.0]))
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(histories())
+def test_coba_weights_are_those_of_the_formulas(history):
+    losses, warmup, history_length, tau = history
+    weights = CoBaWeights(losses.shape[1], warmup, history_length, tau)
+    for t, row in enumerate(losses, 1):
+        weights.update(row)
+        if t < warmup:
+            assert weights.weights == [1 / losses.shape[1]] * losses.shape[1]
+    expected = coba(losses[1:] / losses[0], warmup, history_length, tau)
+    assert weights.weights == pytest.approx(expected, abs=1e-9)
+    assert sum(weights.weights) == pytest.approx(1)
+    assert min(weights.weights) >= 1 / (10 * losses.shape[1])
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(histories())
+def test_self_paced_weights_are_those_of_the_formula(history):
+    losses, _, history_length, _ = history
+    weights = SelfPacedWeights(losses.shape[1], history_length)
+    for row in losses:
+        weights.update(row)
+    if len(losses) < history_length:
+        assert weights.weights == [1 / losses.shape[1]] * losses.shape[1]
+    else:
+        assert weights.weights == pytest.approx(self_paced(losses[-history_length:]), abs=1e-9)
+
+
+SCHEDULES = {
+    "selfpaced": lambda tasks=3: SelfPacedWeights(tasks, history_length=7),
+    "coba": lambda tasks=3: CoBaWeights(tasks, warmup=3, history_length=7),
+}
+
+
+@pytest.fixture(params=SCHEDULES)
+def schedule(request):
+    return SCHEDULES[request.param]
+
+
+def test_flat_losses_leave_the_weights_equal(schedule):
+    """1.1 and 0.7 are no floats: the slopes must be 0 all the same, not what rounding leaves of them."""
+    weights = schedule()
+    for _ in range(12):
+        assert weights.update((1.1, 0.7, 0.3)) == pytest.approx([1 / 3] * 3, abs=1e-15)
+
+
+def test_losses_that_become_flat(schedule):
+    """Slopes of 0 beside others in the histories: no NaN, and equal weights once all of a window is flat."""
+    weights = schedule()
+    for step in range(4):
+        assert sum(weights.update((1.1 - 0.1 * step, 0.7 + 0.1 * step, 0.3))) == pytest.approx(1)
+    for _ in range(12):
+        assert sum(weights.update((1.1, 0.7, 0.3))) == pytest.approx(1)
+    assert weights.weights == pytest.approx([1 / 3] * 3, abs=1e-15)
+
+
+def test_a_resumed_run_has_the_same_weights(schedule):
+    """Resumed at each validation, through json, as the trainer's state is written."""
+    generator = np.random.default_rng(1)
+    losses = (2 + 0.3 * generator.normal(size=(15, 3))).tolist()
+    whole = schedule()
+    expected = [whole.update(row) for row in losses]
+    assert expected[-1] != expected[-2]
+    for stop in range(len(losses) + 1):
+        before, after = schedule(), schedule()
+        for row in losses[:stop]:
+            before.update(row)
+        after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+        assert after.weights == before.weights
+        assert [after.update(row) for row in losses[stop:]] == expected[stop:]
+        assert after.state_dict() == whole.state_dict()
+
+
+def test_a_state_is_a_copy(schedule):
+    weights = schedule()
+    for step in range(8):
+        weights.update((1.0, 2.0 + step, 3.0))
+    state = weights.state_dict()
+    saved = json.dumps(state)
+    other = schedule()
+    other.load_state_dict(state)
+    for changed in (weights, other):
+        changed.update((5.0, 1.0, 2.0))
+    assert json.dumps(state) == saved
+
+
+def test_wrong_losses_states_and_settings_are_refused(schedule):
+    weights = schedule()
+    for losses in ([1.0, 2.0], [1.0, math.nan, 2.0], [1.0, math.inf, 2.0]):
+        with pytest.raises(ValueError, match="must be 3 finite numbers"):
+            weights.update(losses)
+    with pytest.raises(ValueError, match="of 2 tasks, and there are 3"):
+        weights.load_state_dict(schedule(2).state_dict())
+    with pytest.raises(ValueError, match="at least 2"):
+        SelfPacedWeights(2, history_length=1)
+    with pytest.raises(ValueError, match="at least 3"):
+        CoBaWeights(2, warmup=2)
+    with pytest.raises(ValueError, match="must not be less than warmup, 5"):
+        CoBaWeights(2, warmup=5, history_length=4)
+    with pytest.raises(ValueError, match="must be above 0"):
+        CoBaWeights(2).update((1.0, 0.0))
