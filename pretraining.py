@@ -10,11 +10,12 @@ With --config_name and --tokenizer_name_or_path in place of --model_name_or_path
 from dataclasses import dataclass, field
 from typing import Literal
 
+from stagewise.multitask_arguments import MultitaskArguments
 from stagewise.run.exit_codes import run_script
 
 
 @dataclass
-class PTArguments:
+class PTArguments(MultitaskArguments):
     """Options of pretraining."""
 
     _trains_on_texts = True
@@ -54,6 +55,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     from stagewise.data import loading
     from stagewise.data.collators import CausalLMCollator
+    from stagewise.data.tasks import plan_tasks
     from stagewise.modeling.attention import check_packing, is_flash, settle_attention
     from stagewise.modeling.loading import load_causal_lm, load_config, load_tokenizer, row_limit
     from stagewise.modeling.lora import attach_adapter
@@ -64,6 +66,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     checkpoint = lifecycle.start_run(args, run_args)
     quantization = plan_quantization(model_args, lora_args, args)
+    tasks = plan_tasks(pt_args, data_args, args)
 
     # 2. tokenizer and template
     parent = lineage.read_parent(model_args.model_name_or_path)
@@ -83,6 +86,7 @@ def main(argv: list[str] | None = None) -> dict:
             pt_args.document_separator,
             pt_args.keep_linebreaks,
         )
+    tasks.check_validation(data.validation)
 
     # 4. model
     memory = plan_memory("pt", (model_args, *arguments[1:]), tokenizer, data.train, block_size)
@@ -103,10 +107,14 @@ def main(argv: list[str] | None = None) -> dict:
         processing_class=tokenizer,
         train_dataset=data.train,
         eval_dataset=data.validation,
-        data_collator=CausalLMCollator(tokenizer.pad_token_id, data.names, not isolate, is_flash(model_args.kernel)),
+        data_collator=CausalLMCollator(
+            tokenizer.pad_token_id, data.names, not isolate, is_flash(model_args.kernel), tasks.weighs_tokens
+        ),
         dataset_names=data.names,
+        tasks=tasks,
         min_lr=run_args.min_lr,
     )  # fmt: skip
+    trainer.check_updates(lifecycle.total_steps)
     lifecycle.open_output_dir(args, run_args, checkpoint, arguments, data.report)
     metrics: dict = {}
     if args.do_train:
@@ -124,6 +132,7 @@ def main(argv: list[str] | None = None) -> dict:
         )  # fmt: skip
     if args.do_eval and data.validation is not None:
         metrics |= lifecycle.evaluate_run(trainer)
+    lifecycle.report_curves(trainer, run_args, trainer.curves(), "tasks.png")
     lifecycle.report_run(trainer, run_args, arguments, data.report, metrics)
     return metrics
 

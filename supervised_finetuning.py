@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from stagewise.errors import InputError
+from stagewise.multitask_arguments import MultitaskArguments
 from stagewise.run.exit_codes import run_script
 
 
 @dataclass
-class SFTArguments:
+class SFTArguments(MultitaskArguments):
     """Options of supervised fine-tuning."""
 
     _trains_on_texts = True
@@ -33,6 +34,7 @@ class SFTArguments:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.train_on_prompt and self.train_on == "last":
             raise InputError("--train_on last: --train_on_prompt trains every token; give one of the two")
 
@@ -57,6 +59,7 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.data import audit, loading, tokenization
     from stagewise.data.collators import CausalLMCollator
     from stagewise.data.packing import pack_rows
+    from stagewise.data.tasks import plan_tasks
     from stagewise.modeling.attention import check_packing, is_flash, settle_attention
     from stagewise.modeling.loading import load_causal_lm, load_config, load_tokenizer, row_limit
     from stagewise.modeling.lora import attach_adapter
@@ -67,6 +70,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     checkpoint = lifecycle.start_run(args, run_args)
     quantization = plan_quantization(model_args, lora_args, args)
+    tasks = plan_tasks(sft_args, data_args, args)
 
     # 2. tokenizer and template
     parent = lineage.read_parent(model_args.model_name_or_path)
@@ -86,6 +90,7 @@ def main(argv: list[str] | None = None) -> dict:
     )
     with args.main_process_first(desc="data"):
         data = loading.load_conversations(data_args, renderer, tokenizer, encoding, args)
+    tasks.check_validation(data.validation)
     if args.should_log:
         audit.print_audit(data.label_audit, data.sample, tokenizer, sft_args.audit_rows)
     train = pack_rows(data.train, encoding.max_length) if sft_args.packing else data.train
@@ -109,10 +114,14 @@ def main(argv: list[str] | None = None) -> dict:
         processing_class=tokenizer,
         train_dataset=train,
         eval_dataset=data.validation,
-        data_collator=CausalLMCollator(tokenizer.pad_token_id, data.names, flash=is_flash(model_args.kernel)),
+        data_collator=CausalLMCollator(
+            tokenizer.pad_token_id, data.names, flash=is_flash(model_args.kernel), sample_ids=tasks.weighs_tokens
+        ),
         dataset_names=data.names,
+        tasks=tasks,
         min_lr=run_args.min_lr,
     )  # fmt: skip
+    trainer.check_updates(lifecycle.total_steps)
     lifecycle.open_output_dir(args, run_args, checkpoint, arguments, data.report)
     metrics: dict = {}
     if args.do_train:
@@ -130,6 +139,7 @@ def main(argv: list[str] | None = None) -> dict:
         )  # fmt: skip
     if args.do_eval and data.validation is not None:
         metrics |= lifecycle.evaluate_run(trainer)
+    lifecycle.report_curves(trainer, run_args, trainer.curves(), "tasks.png")
     lifecycle.report_run(trainer, run_args, arguments, data.report, metrics)
     return metrics
 

@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     "stagewise.errors": -2,
     "stagewise.arguments": 0,
+    "stagewise.multitask_arguments": -1,
     "stagewise.old_spellings": -1,
     "stagewise.distributed": -1,
     "template": 0,

@@ -17,15 +17,17 @@ class CausalLMCollator:
     other). Rows without labels are trained on every token but each document's first.
 
     Batch: input_ids (B, T), labels (B, T), attention_mask (B, T) with 1 = real token, or position_ids (B, T);
-    num_tokens (B,) real tokens of each row; dataset_id (B,) index into `dataset_names`. For FlashAttention also the
-    borders of the documents (see _borders): from position_ids it finds them in a batch of one row only, and would let
-    the documents of a larger one see each other.
+    num_tokens (B,) real tokens of each row; dataset_id (B,) index into `dataset_names`; with `sample_ids` sample_ids
+    (B, T), which document of its row a token belongs to, from 0. For FlashAttention also the borders of the documents
+    (see _borders): from position_ids it finds them in a batch of one row only, and would let the documents of a larger
+    one see each other.
 
     Args:
         pad_token_id: fills input_ids; padding has the label IGNORE_INDEX.
         dataset_names: the names that the rows' `dataset` column may have.
         attend_across_documents: packed rows without boundaries: position_ids run through.
         flash: the model's kernel is FlashAttention.
+        sample_ids: whether the loss asks which tokens are of one sample.
     """
 
     def __init__(
@@ -34,11 +36,13 @@ class CausalLMCollator:
         dataset_names: Sequence[str] = (),
         attend_across_documents: bool = False,
         flash: bool = False,
+        sample_ids: bool = False,
     ):
         self.pad_token_id = pad_token_id
         self.dataset_ids = {name: i for i, name in enumerate(dataset_names)}
         self.attend_across_documents = attend_across_documents
         self.flash = flash
+        self.sample_ids = sample_ids
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, Any]:
         ids = [torch.as_tensor(row["input_ids"]) for row in rows]
@@ -50,6 +54,9 @@ class CausalLMCollator:
             "num_tokens": num_tokens,
             "dataset_id": torch.tensor([self.dataset_ids.get(row.get("dataset", ""), 0) for row in rows]),
         }
+        if self.sample_ids:
+            # of packed rows also where they are seen as one text: a mean over samples is over documents
+            batch["sample_ids"] = _pad([_sample_ids(row) for row in rows], 0)
         if "seq_lengths" in rows[0] and not self.attend_across_documents:
             # padding tokens are at position 0, each a document of its own
             batch["position_ids"] = _pad([_restarting_positions(row["seq_lengths"]) for row in rows], 0)
@@ -113,6 +120,11 @@ def _labels(row: dict) -> Tensor:
     starts = torch.tensor([0, *row.get("seq_lengths", [])[:-1]]).cumsum(0)
     labels[starts] = IGNORE_INDEX
     return labels
+
+
+def _sample_ids(row: dict) -> Tensor:
+    lengths = torch.tensor(row.get("seq_lengths", [len(row["input_ids"])]))
+    return torch.arange(len(lengths)).repeat_interleave(lengths)
 
 
 def _restarting_positions(seq_lengths: Sequence[int]) -> Tensor:

@@ -282,6 +282,11 @@ def _cache_key(source: Source, reader: _Reader, max_samples: int | None) -> str:
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
+def hub_name(name: str) -> str:
+    """What a data set of the hub is called here: the last part of its name."""
+    return name.rstrip("/").split("/")[-1]
+
+
 def load_hub_dataset(
     kind: str,
     name: str,
@@ -315,7 +320,7 @@ def load_hub_dataset(
         raw = raw.select(range(min(limit, len(raw))))
     if not len(raw):
         raise InputError(f"--dataset_name {name}, split {split}: the data set holds no rows")
-    reader = _Reader(kind, name.rstrip("/").split("/")[-1], options)
+    reader = _Reader(kind, hub_name(name), options)
     checked = raw.map(
         partial(_check_hub_row, reader=reader, origin=f"{name}[{split}]", file_format=_format_of(raw[0], kind)),
         with_indices=True,

@@ -279,8 +279,8 @@ def report_scores(trainer, run_args) -> None:
 
 
 def report_curves(trainer: Trainer, run_args, curves: Mapping[str, Sequence[str]], name: str) -> None:
-    """A plot for each entry of `curves`, of the logged figures that it lists; on the main process."""
-    if trainer.args.should_save and run_args.plot_loss:
+    """A plot for each entry of `curves`, of the logged figures that it lists, in one file; on the main process."""
+    if curves and trainer.args.should_save and run_args.plot_loss:
         output = Path(trainer.args.output_dir)
         plot_curves(trainer.state.log_history, curves, output / name, output.name)
 

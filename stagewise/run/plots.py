@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 SCORE_BINS = 24
+# How figures begin that are no noisy sample of anything: each is a point, and none is smoothed.
+EXACT = ("eval_", "task_weight/")
 
 
 def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
@@ -42,13 +44,15 @@ def plot_curves(log_history: Sequence[dict], curves: Mapping[str, Sequence[str]]
             points = [(entry["step"], entry[name]) for entry in log_history if name in entry]
             if points:
                 steps, values = zip(*points, strict=True)
-                held_out = name.startswith("eval_")
-                (line,) = axis.plot(steps, values, alpha=1 if held_out else 0.3, marker="o" if held_out else None)
-                smoothed = values if held_out else smooth(values)
+                exact = name.startswith(EXACT)
+                (line,) = axis.plot(steps, values, alpha=1 if exact else 0.3, marker="o" if exact else None)
+                smoothed = values if exact else smooth(values)
                 axis.plot(steps, smoothed, color=line.get_color(), label=name)
                 axis.legend()
         axis.set(xlabel="step", title=label)
         axis.grid(alpha=0.3)
+    for axis in axes.flat[len(curves) :]:
+        axis.set_visible(False)
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -1,28 +1,41 @@
 """The Trainer of PT and SFT: exact token weighting in training and evaluation."""
 
 import math
+import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer
 
+from stagewise.data.tasks import TaskPlan
 from stagewise.errors import InputError
+from stagewise.losses.multitask import task_counts, token_weights
 from stagewise.modeling.liger import liger_config
-from stagewise.trainers.stage import DATASET_ID, NUM_TOKENS, StageTrainerMixin
+from stagewise.trainers.stage import DATASET_ID, NUM_TOKENS, SAMPLE_IDS, StageTrainerMixin
+from stagewise.trainers.task_weights import FollowValidation
 
 
 class CausalLMTrainer(StageTrainerMixin, Trainer):
-    """Trains on token means that do not depend on how a batch is cut, evaluates on the token mean of the whole set.
+    """Trains on means that do not depend on how a batch is cut, evaluates on the token mean of the whole set.
+
+    The mean over tokens is what the model's forward pass makes of num_items_in_batch, the trained tokens of a step on
+    all processes. Other means (see stagewise.losses.multitask) reach it as weights of single tokens, which are known
+    once the batches of a step are there, because they depend on them through counts alone.
 
     The model's forward pass must be the one of stagewise.modeling.token_loss.
 
     Args:
-        dataset_names: names that `dataset_id` in a batch refers to; where the evaluation set mixes several, each has
-            its own loss and perplexity in the report.
+        dataset_names: names that `dataset_id` in a batch refers to, those that are trained first; where the evaluation
+            set mixes several, each has its own loss and perplexity in the report, and where training does, its own
+            loss in the log.
+        tasks: how the loss weighs the data sets; None: every token alike.
         min_lr: see StageTrainerMixin.
     """
 
-    def __init__(self, *args, dataset_names: tuple[str, ...] = (), **kwargs):
+    def __init__(self, *args, dataset_names: tuple[str, ...] = (), tasks: TaskPlan | None = None, **kwargs):
         arguments = kwargs["args"]
         if arguments.batch_eval_metrics:
             raise InputError("--batch_eval_metrics: there are no logits to evaluate in batches; leave the flag out")
@@ -30,24 +43,129 @@ class CausalLMTrainer(StageTrainerMixin, Trainer):
             arguments.liger_kernel_config = liger_config(arguments.liger_kernel_config)
         super().__init__(*args, compute_metrics=self._evaluation_metrics, **kwargs)
         self.dataset_names = dataset_names
+        self.tasks = tasks or TaskPlan(dataset_names)
+        assert self.tasks.names == dataset_names[: len(self.tasks.names)]
+        self.task_weights = self.tasks.weights  # of the step in hand; None: alike
+        if self.tasks.scheme is not None:
+            follow = FollowValidation(
+                self.tasks.mode, self.tasks.names, self.tasks.scheme, self.tasks.update_interval, self._measure_tasks
+            )
+            self.add_callback(follow)
         self.model_accepts_loss_kwargs = True  # forward divides by num_items_in_batch
-        self._router_losses: list[torch.Tensor] = []  # of the batches since the last log, where there are routers
+        self._router_losses: list[Tensor] = []  # of the batches since the last log, where there are routers
+        self._task_sums: Tensor | None = None  # since the last log: nll and trained tokens of each task
+        self._task_rows: DataLoader | None = None  # what the tasks are measured on between evaluations
         self.label_smoother = None  # the model's own loss smooths
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one step, with the weights of their tokens where these differ.
+
+        In the scope "micro" the number of trained tokens is kept back: each micro-batch then has a mean of its own,
+        and the Trainer takes the mean of those.
+        """
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.tasks.weighs_tokens:
+            self._weigh_tokens(batches, device)
+        return batches, num_items if self.tasks.scope == "global" else None
+
+    def _weigh_tokens(self, batches: list[dict], device: torch.device) -> None:
+        if self.tasks.scheme is not None:
+            self.task_weights = tuple(self.tasks.scheme.weights)
+        weights = None if self.task_weights is None else torch.tensor(self.task_weights)
+        places = [(batch["labels"], batch[SAMPLE_IDS], batch[DATASET_ID][:, None]) for batch in batches]
+        names = self.tasks.names
+        counts = [task_counts(*place, len(names)).to(device) for place in places]
+        if self.tasks.scope == "global":
+            total = sum(counts, torch.zeros(2, len(names), dtype=torch.long, device=device))
+            if self.args.average_tokens_across_devices:  # compute_loss multiplies by the processes then
+                total = self.accelerator.gather(total[None]).sum(0)
+            counts = [total] * len(batches)
+        for batch, place, count in zip(batches, places, counts, strict=True):
+            batch["token_weights"] = token_weights(*place, count, self.tasks.mode, weights)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
         self.count_tokens(inputs.pop(NUM_TOKENS, None))
-        inputs.pop(DATASET_ID, None)
+        inputs.pop(SAMPLE_IDS, None)
+        dataset_ids = inputs.pop(DATASET_ID, None)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.model.training and len(self.tasks.names) > 1:
+            self._add_to_tasks(dataset_ids, outputs)
         if outputs.get("router_loss") is not None:
             self._router_losses.append(outputs["router_loss"])
         return (loss, outputs) if return_outputs else loss
+
+    def _add_to_tasks(self, dataset_ids: Tensor, outputs) -> None:
+        sums = torch.stack([outputs["row_nll"], outputs["row_tokens"].to(outputs["row_nll"].dtype)])
+        if self._task_sums is None:
+            self._task_sums = sums.new_zeros(2, len(self.tasks.names))
+        self._task_sums.index_add_(1, dataset_ids, sums)
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self._router_losses:
             logs["router_loss"] = torch.stack(self._router_losses).mean().item()
             self._router_losses.clear()
+        if "loss" in logs and self._task_sums is not None:
+            logs |= self._task_figures(self._task_sums)
+            self._task_sums = None
         super().log(logs, start_time)
+
+    def _task_figures(self, sums: Tensor) -> dict[str, float]:
+        """The mean loss per token of each task that was trained since the last log, on all processes, and the weights
+        of the last step where they change."""
+        nll, tokens = self.accelerator.gather(sums[None]).sum(0).tolist()
+        names = self.tasks.names
+        figures = {f"task_loss/{name}": nll[i] / tokens[i] for i, name in enumerate(names) if tokens[i]}
+        if self.tasks.scheme is not None and self.task_weights is not None:
+            figures |= {f"task_weight/{name}": weight for name, weight in zip(names, self.task_weights, strict=True)}
+        return figures
+
+    def curves(self) -> dict[str, list[str]]:
+        """What of the log belongs in one plot, for each plot of the tasks; nothing where there is only one."""
+        names = self.tasks.names
+        if len(names) < 2:
+            return {}
+        curves = {
+            "training loss of each task": [f"task_loss/{name}" for name in names],
+            "validation loss of each task": [f"eval_{name}_loss" for name in names],
+        }
+        if self.tasks.scheme is not None:
+            curves["weight of each task"] = [f"task_weight/{name}" for name in names]
+        return curves
+
+    def check_updates(self, total_steps: Callable[[Trainer], int]) -> None:
+        """Refuse task weights that would stay what they are at the start.
+
+        Args:
+            total_steps: gives the steps of the run; not called where no weights follow anything.
+
+        Raises:
+            InputError: the run ends before the scheme has as many validations as it needs.
+        """
+        if self.tasks.scheme is None:
+            return
+        args, steps = self.args, total_steps(self)
+        if self.tasks.update_interval is not None:
+            every, at_start = self.tasks.update_interval, False
+        elif args.eval_strategy == "steps":
+            at_start = args.eval_on_start
+            every = math.ceil(steps * args.eval_steps) if args.eval_steps < 1 else int(args.eval_steps)
+        elif hasattr(self.train_dataset, "__len__"):
+            at_start = args.eval_on_start
+            every = max(1, math.ceil(len(self.get_train_dataloader()) / args.gradient_accumulation_steps))
+        else:
+            return  # the epochs of a stream end when they end
+        self.tasks.check_updates((steps - 1) // every + at_start)
+
+    def _measure_tasks(self) -> dict[str, float]:
+        """The tasks' validation losses between evaluations: nothing is logged, no best model is looked for."""
+        started = time.perf_counter()
+        if self._task_rows is None:
+            # not get_eval_dataloader, which may keep it for the next evaluation
+            self._task_rows = self.get_test_dataloader(self.tasks.update_rows(self.eval_dataset))
+        output = self.evaluation_loop(self._task_rows, "Task weights", metric_key_prefix="eval")
+        self._paused_s += time.perf_counter() - started
+        return output.metrics
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Returns (None, (B, 2) negative log-likelihood and count of each row's trained tokens, (B,) dataset ids)."""

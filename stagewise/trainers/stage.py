@@ -12,6 +12,7 @@ from stagewise.modeling.neftune import embedding_noise
 # What collators add beside the model's inputs.
 NUM_TOKENS = "num_tokens"  # real tokens of each row, padding not counted
 DATASET_ID = "dataset_id"  # (B,), index into `dataset_names`
+SAMPLE_IDS = "sample_ids"  # (B, T), which sample of its row a token belongs to
 
 if TYPE_CHECKING:  # the mixin calls what the Trainer behind it has
     from transformers import Trainer as _Base
