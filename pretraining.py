@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> dict:
             pt_args.document_separator,
             pt_args.keep_linebreaks,
         )
-    tasks.check_validation(data.validation)
+    tasks.check(data.train, data.validation, args)
 
     # 4. model
     memory = plan_memory("pt", (model_args, *arguments[1:]), tokenizer, data.train, block_size)
@@ -114,7 +114,6 @@ def main(argv: list[str] | None = None) -> dict:
         tasks=tasks,
         min_lr=run_args.min_lr,
     )  # fmt: skip
-    trainer.check_updates(lifecycle.total_steps)
     lifecycle.open_output_dir(args, run_args, checkpoint, arguments, data.report)
     metrics: dict = {}
     if args.do_train:

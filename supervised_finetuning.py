@@ -90,10 +90,10 @@ def main(argv: list[str] | None = None) -> dict:
     )
     with args.main_process_first(desc="data"):
         data = loading.load_conversations(data_args, renderer, tokenizer, encoding, args)
-    tasks.check_validation(data.validation)
     if args.should_log:
         audit.print_audit(data.label_audit, data.sample, tokenizer, sft_args.audit_rows)
     train = pack_rows(data.train, encoding.max_length) if sft_args.packing else data.train
+    tasks.check(train, data.validation, args)
 
     # 4. model
     memory = plan_memory("sft", arguments, tokenizer, train, encoding.max_length, bool(new_tokens))
@@ -121,7 +121,6 @@ def main(argv: list[str] | None = None) -> dict:
         tasks=tasks,
         min_lr=run_args.min_lr,
     )  # fmt: skip
-    trainer.check_updates(lifecycle.total_steps)
     lifecycle.open_output_dir(args, run_args, checkpoint, arguments, data.report)
     metrics: dict = {}
     if args.do_train:

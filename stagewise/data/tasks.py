@@ -1,6 +1,7 @@
 """The data sets of a run as tasks: how the training loss weighs them, from MultitaskArguments."""
 
 import math
+from collections.abc import Sized
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +9,7 @@ from datasets import Dataset
 
 from stagewise.arguments import DataArguments
 from stagewise.data import sources
+from stagewise.data.streaming import RowStream
 from stagewise.errors import InputError
 from stagewise.losses.multitask import AVERAGES, CoBaWeights, SelfPacedWeights
 from stagewise.multitask_arguments import FOLLOWING, MultitaskArguments
@@ -38,11 +40,15 @@ class TaskPlan:
         """Whether tokens of a batch may weigh differently."""
         return AVERAGES[self.mode] != "token"
 
-    def check_validation(self, validation: Dataset | None) -> None:
-        """Refuse a scheme that has a task without validation rows.
+    def check(self, train: Sized | RowStream, validation: Dataset | None, args) -> None:
+        """Refuse a scheme that has no validation rows of a task, or never comes to weigh anything.
+
+        Args:
+            train, validation: the rows of the run.
+            args: the TrainingArguments.
 
         Raises:
-            InputError: names the tasks.
+            InputError: names the tasks; or says how many validations there are, and how many are needed.
         """
         if self.scheme is None:
             return
@@ -54,34 +60,38 @@ class TaskPlan:
                 f"{', '.join(missing)} has no validation row; name a folder or file of the same name in "
                 "--validation_file_dir (without it rows of each are held out), and leave --max_eval_samples at -1"
             )
+        if isinstance(self.scheme, CoBaWeights):
+            needed, flag = self.scheme.warmup, "--coba_warmup_steps"
+        else:
+            needed, flag = self.scheme.history_length, "--selfpaced_history_length"
+        updates = self._updates(train, args)
+        if updates is not None and updates < needed:
+            raise InputError(
+                f"--weighted_loss_mode {self.mode}: weighs the tasks from validation {needed} on, and this run has "
+                f"{updates} before its last step; lower {flag}, or --task_update_interval (or --eval_steps), or train "
+                "longer"
+            )
+
+    def _updates(self, train: Sized | RowStream, args) -> int | None:
+        """Updates of the scheme before the last step; None where nobody knows how long an epoch is."""
+        epoch = None
+        if isinstance(train, Sized):
+            batches = len(train) / (args.per_device_train_batch_size * args.world_size)
+            whole = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+            epoch = max(1, math.ceil(whole / args.gradient_accumulation_steps))
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * (epoch or 1))
+        if self.update_interval is not None:
+            return (steps - 1) // self.update_interval
+        every = epoch
+        if args.eval_strategy == "steps":
+            every = math.ceil(steps * args.eval_steps) if args.eval_steps < 1 else int(args.eval_steps)
+        return every and (steps - 1) // every + bool(args.eval_on_start)
 
     def update_rows(self, validation: Dataset) -> Dataset:
         """The rows that an update between evaluations takes: the first `update_samples` of each task."""
         names = np.asarray(validation["dataset"][:])
         members = [np.flatnonzero(names == name)[: self.update_samples] for name in self.names]
         return validation.select(np.sort(np.concatenate(members)))
-
-    def check_updates(self, updates: int) -> None:
-        """Refuse a scheme that would not come to weigh anything.
-
-        Args:
-            updates: validation losses that the scheme gets before the last step.
-
-        Raises:
-            InputError: they are fewer than it needs.
-        """
-        if self.scheme is None:
-            return
-        if isinstance(self.scheme, CoBaWeights):
-            needed, flag = self.scheme.warmup, "--coba_warmup_steps"
-        else:
-            needed, flag = self.scheme.history_length, "--selfpaced_history_length"
-        if updates < needed:
-            raise InputError(
-                f"--weighted_loss_mode {self.mode}: weighs the tasks from validation {needed} on, and this run has "
-                f"{updates} before its last step; lower {flag}, or --task_update_interval (or --eval_steps), or train "
-                "longer"
-            )
 
 
 def plan_tasks(multitask: MultitaskArguments, data: DataArguments, args) -> TaskPlan:

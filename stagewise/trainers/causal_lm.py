@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -132,30 +131,6 @@ class CausalLMTrainer(StageTrainerMixin, Trainer):
         if self.tasks.scheme is not None:
             curves["weight of each task"] = [f"task_weight/{name}" for name in names]
         return curves
-
-    def check_updates(self, total_steps: Callable[[Trainer], int]) -> None:
-        """Refuse task weights that would stay what they are at the start.
-
-        Args:
-            total_steps: gives the steps of the run; not called where no weights follow anything.
-
-        Raises:
-            InputError: the run ends before the scheme has as many validations as it needs.
-        """
-        if self.tasks.scheme is None:
-            return
-        args, steps = self.args, total_steps(self)
-        if self.tasks.update_interval is not None:
-            every, at_start = self.tasks.update_interval, False
-        elif args.eval_strategy == "steps":
-            at_start = args.eval_on_start
-            every = math.ceil(steps * args.eval_steps) if args.eval_steps < 1 else int(args.eval_steps)
-        elif hasattr(self.train_dataset, "__len__"):
-            at_start = args.eval_on_start
-            every = max(1, math.ceil(len(self.get_train_dataloader()) / args.gradient_accumulation_steps))
-        else:
-            return  # the epochs of a stream end when they end
-        self.tasks.check_updates((steps - 1) // every + at_start)
 
     def _measure_tasks(self) -> dict[str, float]:
         """The tasks' validation losses between evaluations: nothing is logged, no best model is looked for."""
