@@ -224,28 +224,43 @@ def test_the_loss_of_a_script_is_the_mean_that_was_asked_for(packing, tiny_model
         assert figures(tmp_path / str(number), "task_loss/") == [pytest.approx(tokens, rel=1e-5)]
 
 
+START = """
+import sys
+from pathlib import Path
+from tests.stages import run_sft
+flags, (model, data, out) = sys.argv[4:], sys.argv[1:4]
+for number, run in enumerate(" ".join(flags).split(" , ")):
+    run_sft(model, data, Path(out) / str(number), *run.split())
+"""
+
+
 def test_two_processes_equal_one(tiny_model_dir, both, tmp_path):
     """Steps of 8 rows: one batch, or two micro-batches of two rows on each of two processes."""
-    shared = (
-        *FULL, "--do_train", "True", "--max_steps", "4", "--save_strategy", "no", "--weighted_loss_mode", "case4",
-        "--task_weights", "poems=3",
-    )  # fmt: skip
-    one, two = tmp_path / "one", tmp_path / "two"
-    run_sft(tiny_model_dir, both, one, *shared, "--per_device_train_batch_size", "8")
-    code = "import sys; from tests.stages import run_sft; from pathlib import Path; a = sys.argv[1:]; "
-    (tmp_path / "start.py").write_text(code + "run_sft(a[0], a[1], Path(a[2]), *a[3:])")
+    shared = (*FULL, "--max_steps", "5", "--save_strategy", "no", "--validation_file_dir", both, "--report_to", "none")
+    runs = [
+        (*shared, "--weighted_loss_mode", "case4", "--task_weights", "poems=3"),
+        (*shared, *COBA, "--task_update_interval", "1"),
+    ]
+    for number, flags in enumerate(runs):
+        run_sft(tiny_model_dir, both, tmp_path / f"one{number}", *flags, "--per_device_train_batch_size", "8")
+    start = tmp_path / "start.py"
+    start.write_text(START)
+    cut = ("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29647"]
-        + [str(tmp_path / "start.py"), tiny_model_dir, both, str(two), *shared]
-        + ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"],
+        + [str(start), tiny_model_dir, both, str(tmp_path / "two"), *runs[0], *cut, ",", *runs[1], *cut],
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert len(losses(one)) == 4
-    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
-    for mine, theirs in zip(figures(one, "task_loss/"), figures(two, "task_loss/"), strict=True):
-        assert theirs == pytest.approx(mine, rel=1e-4)
-    assert_same_weights(one, two, rtol=1e-4, atol=1e-4)
+    for number in range(2):
+        one, two = tmp_path / f"one{number}", tmp_path / "two" / str(number)
+        assert len(losses(one)) == 5
+        assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+        for prefix in ("task_loss/", "task_weight/"):
+            for mine, theirs in zip(figures(one, prefix), figures(two, prefix), strict=True):
+                assert theirs == pytest.approx(mine, rel=1e-3)
+        assert_same_weights(one, two, rtol=1e-3, atol=1e-4)
+    assert figures(tmp_path / "one1", "task_weight/")[-1]["poems"] != pytest.approx(0.5, abs=1e-3)
 
 
 @pytest.mark.parametrize(
