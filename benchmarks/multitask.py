@@ -5,7 +5,7 @@
 
 Three generated tasks of 2,000, 200 and 20 rows are trained together by supervised_finetuning.py, from the same random
 Llama, for the same steps in the same order, once for each mode. A task asks for the answer that belongs to a word;
-it has 40, 8 and 4 such words, each in questions of eight forms, and its validation rows are new questions.
+it has 60, 12 and 4 such words, each in questions of eight forms, and its validation rows are new questions.
 
 Then once more with CoBa where the training rows of the task of 200 contradict its validation rows: each word has the
 answer of another. What is learnt from them raises the validation loss, and CoBa should turn away from the task.
@@ -30,7 +30,7 @@ from statistics import fmean
 from benchmarks.ppo import build_model, run_script
 
 ROWS = {"large": 2000, "middle": 200, "small": 20}
-WORDS = {"large": 40, "middle": 8, "small": 4}
+WORDS = {"large": 60, "middle": 12, "small": 4}
 VALIDATION_ROWS = 40
 LAST = 5  # validations whose mean is "at the end": those of small tasks go up and down
 CLEAN, CONTRADICTED = "clean", "contradicted"
@@ -159,8 +159,8 @@ def rounded(values: dict[str, float]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modes", nargs="+", default=["case1", "case3", "coba"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--eval_steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=5, help="Validations before the weights begin to follow.")
     parser.add_argument("--history", type=int, default=10, help="Validations that CoBa looks back on.")

@@ -1,6 +1,7 @@
 """Multi-task losses in the real Trainer and in the scripts: worked numbers however a batch is cut, weights that follow
 validation losses, resuming, and what is refused. The pure functions are in test_multitask.py."""
 
+import inspect
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -15,13 +17,14 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.trainer_callback import TrainerState
 
+from stagewise import multitask_arguments
 from stagewise.arguments import StageTrainingArguments
 from stagewise.data.collators import CausalLMCollator
 from stagewise.data.records import Conversation
 from stagewise.data.tasks import TaskPlan
 from stagewise.data.tokenization import EncodingOptions, TemplateRenderer, encode_conversations
 from stagewise.errors import InputError, TrainingDiverged
-from stagewise.losses.multitask import CoBaWeights, SelfPacedWeights
+from stagewise.losses.multitask import AVERAGES, CoBaWeights, SelfPacedWeights
 from stagewise.modeling.token_loss import install_token_loss
 from stagewise.trainers.causal_lm import CausalLMTrainer
 from stagewise.trainers.task_weights import FollowValidation
@@ -389,6 +392,17 @@ def test_resume_equals_no_interruption(flags, updates, tiny_model_dir, both, tmp
     assert_same_weights(whole, resumed, rtol=0, atol=0)
 
 
+def test_resuming_before_the_first_validation(tiny_model_dir, both, tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    flags = (*LORA, *COBA, "--task_update_interval", "2", "--max_steps", "8", "--save_steps", "1")
+    run_sft(tiny_model_dir, both, whole, *flags)
+    resumed.mkdir()
+    shutil.copytree(whole / "checkpoint-1", resumed / "checkpoint-1")
+    run_sft(tiny_model_dir, both, resumed, *flags, "--resume_from_checkpoint", "True")
+    assert losses(resumed) == losses(whole)
+    assert figures(resumed, "task_weight/") == figures(whole, "task_weight/")
+
+
 def test_a_checkpoint_without_these_weights_is_not_resumed(tiny_model_dir, both, tmp_path):
     flags = (*LORA, *EVERY_STEP, "--max_steps", "6")
     for name, mode in (("plain", ()), ("coba", COBA)):
@@ -414,6 +428,10 @@ def test_a_run_that_begins_anew_forgets():
         metrics = dict(zip(("eval_a_loss", "eval_b_loss"), losses_of_tasks, strict=True))
         callback.on_evaluate(None, state, None, metrics)
     assert scheme.weights[0] < 0.5
+    trained = scheme.state_dict()
+    callback.on_train_end(None, state, None)
+    callback.on_evaluate(None, state, None, {"eval_a_loss": 5.0, "eval_b_loss": 5.0})
+    assert scheme.state_dict() == trained, "nothing follows the evaluation of a trained model"
     callback.on_train_begin(None, TrainerState(), None)
     assert scheme.state_dict() == CoBaWeights(2, 3, 4).state_dict()
 
@@ -446,6 +464,21 @@ def test_curves_of_tasks_are_drawn_and_in_tensorboard(tiny_model_dir, tasks, bot
     run_sft(tiny_model_dir, str(tasks["sums"]), tmp_path / "one", *LORA, "--max_steps", "1")
     assert not (tmp_path / "one" / "tasks.png").exists()
     assert figures(tmp_path / "one", "task_") == [{}]
+
+
+# --- the flags -------------------------------------------------------------------------------------------------------
+
+
+def test_modes_and_defaults_are_those_of_the_losses():
+    """The flags' module imports no torch, so it says them once more."""
+    assert set(get_args(multitask_arguments.MODES)) == set(AVERAGES)
+    for prefix, scheme in (("coba_", CoBaWeights), ("selfpaced_", SelfPacedWeights)):
+        parameters = inspect.signature(scheme).parameters
+        names = {"warmup_steps": "warmup", "scale_factor": "scale"}
+        for flag, default in multitask_arguments.DEFAULTS.items():
+            if flag.startswith(prefix):
+                name = flag.removeprefix(prefix)
+                assert parameters[names.get(name, name)].default == default, flag
 
 
 # --- what cannot be honoured -----------------------------------------------------------------------------------------

@@ -102,6 +102,18 @@ def find_sources(spec: str, flag: str = "--train_file_dir") -> list[Source]:
     return sources
 
 
+def source_names(spec: str) -> tuple[str, ...]:
+    """What the data sets of "a,b,c" will be called, without a look into directories.
+
+    Raises InputError for a path that does not exist.
+    """
+    paths = _split_paths(spec, "--train_file_dir")
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"{path}: no such file or directory")
+    return tuple(map(data_name, paths))
+
+
 def _split_paths(spec: str, flag: str) -> list[Path]:
     spec = spec.strip()
     if spec and Path(spec).expanduser().exists():

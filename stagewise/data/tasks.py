@@ -85,7 +85,7 @@ class TaskPlan:
         every = epoch
         if args.eval_strategy == "steps":
             every = math.ceil(steps * args.eval_steps) if args.eval_steps < 1 else int(args.eval_steps)
-        return every and (steps - 1) // every + bool(args.eval_on_start)
+        return None if every is None else (steps - 1) // every + bool(args.eval_on_start)
 
     def update_rows(self, validation: Dataset) -> Dataset:
         """The rows that an update between evaluations takes: the first `update_samples` of each task."""
@@ -127,7 +127,7 @@ def plan_tasks(multitask: MultitaskArguments, data: DataArguments, args) -> Task
 
 def _task_names(data: DataArguments) -> tuple[str, ...]:
     if data.train_file_dir:
-        return tuple(source.name for source in sources.find_sources(data.train_file_dir))
+        return sources.source_names(data.train_file_dir)
     return (sources.hub_name(data.dataset_name or ""),)
 
 

@@ -37,6 +37,7 @@ class FollowValidation(TrainerCallback):
         self.mode, self.names, self.scheme = mode, list(names), scheme
         self.interval, self.measure = interval, measure
         self._untouched = scheme.state_dict()
+        self._training = False
         self._sound_step = 0  # the last whose losses were numbers
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -50,15 +51,19 @@ class FollowValidation(TrainerCallback):
                 f"trained with {trained}; pass the mode and the data sets of that run, or start anew"
             )
         self.scheme.load_state_dict(found["state"])
-        self._sound_step = state.global_step
+        state.stateful_callbacks[STATE] = found  # a checkpoint may come before the first validation
+        self._training, self._sound_step = True, state.global_step
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.interval is not None and state.global_step % self.interval == 0:
             self._update(state, self.measure())
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
-        if self.interval is None:
+        if self.interval is None and self._training:  # a trained model is evaluated once more; nothing follows that
             self._update(state, metrics)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._training = False
 
     def _update(self, state, metrics: Mapping[str, float]) -> None:
         losses = [metrics.get(f"eval_{name}_loss", math.nan) for name in self.names]
