@@ -4,17 +4,19 @@
     python -m benchmarks.multitask --modes case1 case3 coba selfpaced --steps 600
 
 Three generated tasks of 2,000, 200 and 20 rows are trained together by supervised_finetuning.py, from the same random
-Llama, for the same steps in the same order, once for each mode. A task asks for the answer that belongs to a word;
-it has 60, 12 and 4 such words, each in questions of eight forms, and its validation rows are new questions.
+Llama, for the same steps in the same order, once for each mode. A task asks for the answer that belongs to a word,
+of 4, 2 and 1 words; it has 40, 8 and 4 such pairs, each in questions of eight forms, and its validation rows are new
+questions.
 
-Then once more with CoBa where the training rows of the task of 200 contradict its validation rows: each word has the
-answer of another. What is learnt from them raises the validation loss, and CoBa should turn away from the task.
+Then once more with CoBa, for twice the steps, where the training rows of the task of 200 contradict its validation
+rows: each word has the answer of another. Once the pairs are learnt, and not only what answers look like, that raises
+the validation loss, and CoBa should turn away from the task.
 
 Prints JSON:
 
 - validation: loss per token of each task at the end, for each mode (mean of the last five validations and the seeds)
 - lowest: the lowest that it was on the way
-- weights: of each task in the CoBa runs, mean over the second half of the steps
+- weights: of each task in the CoBa runs, mean over the second half of their steps
 - claims: what the figures should show, and whether they do in each seed
 
 and writes it to --output_dir, with a plot for each seed: validation losses over the steps, and the weights of CoBa.
@@ -30,11 +32,13 @@ from statistics import fmean
 from benchmarks.ppo import build_model, run_script
 
 ROWS = {"large": 2000, "middle": 200, "small": 20}
-WORDS = {"large": 60, "middle": 12, "small": 4}
+WORDS = {"large": 40, "middle": 8, "small": 4}
+ANSWER_WORDS = {"large": 4, "middle": 2, "small": 1}
+# of the syllables: with other words in each task, little of what one teaches is of use for another
+CONSONANTS = {"large": "bdfg", "middle": "klmn", "small": "prst"}
 VALIDATION_ROWS = 40
 LAST = 5  # validations whose mean is "at the end": those of small tasks go up and down
 CLEAN, CONTRADICTED = "clean", "contradicted"
-SYLLABLES = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
 FORMS = (
     "What goes with {}?",
     "Tell me what goes with {}.",
@@ -47,11 +51,12 @@ FORMS = (
 )
 
 
-def made_up(generator: random.Random, count: int) -> list[str]:
+def made_up(generator: random.Random, count: int, consonants: str) -> list[str]:
     """So many different words of three syllables."""
+    syllables = [a + b for a in consonants for b in "aeiou"]
     words: dict[str, None] = {}
     while len(words) < count:
-        words["".join(generator.choices(SYLLABLES, k=3))] = None
+        words["".join(generator.choices(syllables, k=3))] = None
     return list(words)
 
 
@@ -62,8 +67,9 @@ def write_tasks(folder: Path, seed: int, contradicted: str | None = None) -> Non
         (folder / split).mkdir(parents=True)
     for name, rows in ROWS.items():
         generator = random.Random(f"{seed} {name}")
-        words = made_up(generator, 2 * WORDS[name])
-        pairs = list(zip(words[::2], words[1::2], strict=True))
+        each = 1 + ANSWER_WORDS[name]
+        words = made_up(generator, each * WORDS[name], CONSONANTS[name])
+        pairs = [(words[at], " ".join(words[at + 1 : at + each])) for at in range(0, len(words), each)]
         for split, count in (("train", rows), ("validation", VALIDATION_ROWS)):
             lines = []
             for number in range(count):
@@ -79,7 +85,8 @@ def write_tasks(folder: Path, seed: int, contradicted: str | None = None) -> Non
 
 
 def train(mode: str, model: Path, data: Path, output: Path, args: argparse.Namespace, seed: int) -> list[dict]:
-    """The log of a run."""
+    """The log of a run of `args.steps` steps, or twice as many on `contradicted` data."""
+    steps = args.steps * (2 if data.name == CONTRADICTED else 1)
     settings: tuple = ()
     if mode == "coba":
         settings = ("--coba_warmup_steps", args.warmup, "--coba_history_length", args.history)
@@ -91,7 +98,7 @@ def train(mode: str, model: Path, data: Path, output: Path, args: argparse.Names
         "--validation_file_dir", ",".join(str(data / "validation" / f"{name}.jsonl") for name in ROWS),
         "--output_dir", output, "--use_peft", False, "--weighted_loss_mode", mode, *settings,
         "--per_device_train_batch_size", args.batch_size, "--per_device_eval_batch_size", 60,
-        "--learning_rate", args.learning_rate, "--lr_scheduler_type", "constant", "--max_steps", args.steps,
+        "--learning_rate", args.learning_rate, "--lr_scheduler_type", "constant", "--max_steps", steps,
         "--eval_strategy", "steps", "--eval_steps", args.eval_steps, "--logging_steps", args.eval_steps,
         "--save_strategy", "no", "--report_to", "none", "--audit_rows", 0, "--seed", seed,
     )  # fmt: skip
@@ -106,13 +113,12 @@ def validation(log: list[dict]) -> dict[str, list[float]]:
     return {name: [loss for _, loss in curve(log, f"eval_{name}_loss")] for name in ROWS}
 
 
-def late_weights(log: list[dict], steps: int) -> dict[str, float]:
-    return {
-        name: fmean(weight for step, weight in curve(log, f"task_weight/{name}") if step > steps / 2) for name in ROWS
-    }
+def late_weights(log: list[dict]) -> dict[str, float]:
+    weights = {name: [weight for _, weight in curve(log, f"task_weight/{name}")] for name in ROWS}
+    return {name: fmean(each[len(each) // 2 :]) for name, each in weights.items()}
 
 
-def check_claims(logs: dict[str, list[dict]], steps: int) -> dict[str, bool]:
+def check_claims(logs: dict[str, list[dict]]) -> dict[str, bool]:
     """Of one seed: by the losses at the end, and by the weights of CoBa."""
     last = {mode: {name: fmean(each[-LAST:]) for name, each in validation(log).items()} for mode, log in logs.items()}
     claims = {
@@ -122,7 +128,7 @@ def check_claims(logs: dict[str, list[dict]], steps: int) -> dict[str, bool]:
         for name in ("middle", "small")
     }
     if CONTRADICTED in logs:
-        clean, contradicted = (late_weights(logs[mode], steps)["middle"] for mode in ("coba", CONTRADICTED))
+        clean, contradicted = (late_weights(logs[mode])["middle"] for mode in ("coba", CONTRADICTED))
         claims["coba turns away from the task that diverges"] = contradicted < min(clean, 1 / len(ROWS))
     return claims
 
@@ -159,7 +165,7 @@ def rounded(values: dict[str, float]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modes", nargs="+", default=["case1", "case3", "coba"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--eval_steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=5, help="Validations before the weights begin to follow.")
@@ -200,12 +206,12 @@ def main() -> None:
             for mode, runs in of_mode.items()
         },
         "weights": {
-            f"{mode}, seed {seed}": rounded(late_weights(found[seed][mode], args.steps))
+            f"{mode}, seed {seed}": rounded(late_weights(found[seed][mode]))
             for seed in args.seeds
             for mode in ("coba", "selfpaced", CONTRADICTED)
             if mode in modes
         },
-        "claims": {seed: check_claims(found[seed], args.steps) for seed in args.seeds},
+        "claims": {seed: check_claims(found[seed]) for seed in args.seeds},
     }
     (args.output_dir / "multitask.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
