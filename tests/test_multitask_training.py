@@ -214,7 +214,7 @@ def test_the_loss_of_a_script_is_the_mean_that_was_asked_for(packing, tiny_model
     for number, (flags, expected) in enumerate(
         [
             (("case2",), mean(mean(each) for rows in by_task.values() for each in rows)),
-            (("case3", "--task_weights", "3,1"), (3 * tokens["sums"] + tokens["poems"]) / 4),
+            (("case3", "--task_weights", "[3, 1]"), (3 * tokens["sums"] + tokens["poems"]) / 4),
             (("case4", "--task_weights", "poems=0.5"), (samples["sums"] + 0.5 * samples["poems"]) / 1.5),
         ]
     ):

@@ -143,7 +143,7 @@ def _check_evaluations(multitask: MultitaskArguments, args) -> None:
 
 
 def _parse_weights(text: str | None, names: tuple[str, ...]) -> tuple[float, ...] | None:
-    """ "3,1" in the order of `names`, or "law=3,code=1", where a task without a weight has 1."""
+    """Weights given as "3,1", in the order of `names`, or as "law=3,code=1", where a task that is not named has 1."""
     if text is None:
         return None
     parts = [part.strip() for part in text.strip().removeprefix("[").removesuffix("]").split(",")]
