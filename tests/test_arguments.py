@@ -245,7 +245,7 @@ def test_value_without_a_flag():
         (["--bf16", "perhaps"], "--bf16: Truthy value expected: got perhaps"),
         (["--eval_strategy", "weekly"], "--eval_strategy: found 'weekly', expected one of "),
         (["--warmup_steps", "-1.0"], "--warmup_steps: "),
-        (["--deepspeed", "missing.json"], "--deepspeed: "),
+        (["--deepspeed", "missing.json"], "--deepspeed missing.json: cannot be read"),
         (["--tf32", "True", "--use_cpu"], "--tf32: "),
         (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size: found 0, expected 1 or more"),
         (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps: found 0"),
@@ -470,7 +470,7 @@ def test_file_behind_what_a_launcher_puts_in_front(config):
 
 
 def test_first_flag_that_ends_like_a_file_is_a_flag():
-    with pytest.raises(InputError, match="^--deepspeed: "):
+    with pytest.raises(InputError, match="^--deepspeed missing.json: cannot be read"):
         parse_arguments(StageTrainingArguments, argv=["--deepspeed=missing.json", "--output_dir", "out"])
 
 

@@ -250,6 +250,8 @@ def workplace(tmp_path, monkeypatch):
     for name, content in configurations().items():
         (tmp_path / name).write_text(content, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
+    for name in ("_start_deepspeed", "_check_fsdp"):  # only read here; tests/test_distributed.py trains with them
+        monkeypatch.setattr(f"stagewise.distributed.{name}", lambda args: None)
     environment, state = dict(os.environ), dict(PartialState._shared_state)
     yield tmp_path
     os.environ.clear()
