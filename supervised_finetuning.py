@@ -21,6 +21,10 @@ class SFTArguments(MultitaskArguments):
     packing: bool = field(
         default=False, metadata={"help": "Several conversations in one row without padding, each attending to itself."}
     )
+    packing_strategy: Literal["best_fit", "sequential"] = field(
+        default="best_fit",
+        metadata={"help": "Which conversations share a row: those that fill it best, or neighbours, in their order."},
+    )
     train_on_prompt: bool = field(default=False, metadata={"help": "Train every token, not the answers only."})
     train_on: Literal["all", "last"] = field(
         default="all", metadata={"help": "Which assistant turns are trained: all, or the last of a conversation."}
@@ -35,6 +39,8 @@ class SFTArguments(MultitaskArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.packing_strategy != "best_fit" and not self.packing:
+            raise InputError(f"--packing_strategy {self.packing_strategy}: nothing is packed; add --packing True")
         if self.train_on_prompt and self.train_on == "last":
             raise InputError("--train_on last: --train_on_prompt trains every token; give one of the two")
 
@@ -92,7 +98,7 @@ def main(argv: list[str] | None = None) -> dict:
         data = loading.load_conversations(data_args, renderer, tokenizer, encoding, args)
     if args.should_log:
         audit.print_audit(data.label_audit, data.sample, tokenizer, sft_args.audit_rows)
-    train = pack_rows(data.train, encoding.max_length) if sft_args.packing else data.train
+    train = pack_rows(data.train, encoding.max_length, sft_args.packing_strategy) if sft_args.packing else data.train
     tasks.check(train, data.validation, args)
 
     # 4. model

@@ -823,9 +823,14 @@ def register_template(name: str, *, aliases: Sequence[str] = (), **fields: Any) 
 def get_template(name: str, tool_format: str | None = None) -> Template:
     """The template called `name`, with `tool_format` (a key of TOOL_FORMATS) instead of its own if one is given.
 
+    `name` may be one that with_role_markers has made: mft {"user": "U:"}
+
     Raises:
         TemplateError: unknown template or tool format; the message lists the nearest names.
     """
+    name, markers = _split_markers(name)
+    if markers:
+        return with_role_markers(get_template(name, tool_format), markers)
     key = _normalized(name)
     if key not in _NAMES:
         nearest = dict.fromkeys(_NAMES[near] for near in difflib.get_close_matches(key, _NAMES, n=5, cutoff=0.5))
@@ -843,8 +848,21 @@ def template_names() -> tuple[str, ...]:
     return tuple(sorted(_TEMPLATES))
 
 
+def _split_markers(name: str) -> tuple[str, dict[str, str]]:
+    """A template's own name, and the role markers behind it."""
+    own, found, rest = name.partition(" {")
+    if not found:
+        return name, {}
+    try:
+        return own, json.loads("{" + rest)
+    except ValueError as error:
+        raise TemplateError(f"{name!r}: role markers that are not JSON: {error}") from None
+
+
 def with_role_markers(template: Template, markers: Mapping[str, str]) -> Template:
     """`template` with other texts before its turns: {"system": ..., "user": ..., "assistant": ...}, each optional.
+
+    Its name says so, and get_template finds it by that name: what is written down of a training is all of it.
 
     Raises:
         TemplateError: an unknown role, or a marker that is no text or has a slot in it.
@@ -857,6 +875,9 @@ def with_role_markers(template: Template, markers: Mapping[str, str]) -> Templat
         if not isinstance(marker, str) or _SLOT.search(marker):
             raise TemplateError(f"role markers: {role} is {marker!r}; expected a text without words in braces")
         changed[role] = marker if role == "assistant" else marker + roles[role][roles[role].index("{content}") :]
+    if changed:
+        name, earlier = _split_markers(template.name)
+        changed["name"] = f"{name} {json.dumps({**earlier, **markers}, ensure_ascii=False, sort_keys=True)}"
     template = replace(template, **changed)
     written = "".join(template.patterns)
     return replace(template, special=tuple(token for token in template.special if token in written))

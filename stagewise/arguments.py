@@ -75,6 +75,7 @@ class ModelArguments:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = _option(
         "auto", "Data type of the weights; auto is the checkpoint's own."
     )
+    upcast_layernorm: bool = _option(False, "Normalise in float32 where the weights are in 16 bits.")
     device_map: str | None = _option(None, "Where the weights go: auto, cpu, or unset (the Trainer places the model).")
     trust_remote_code: bool = _option(False, "Run Python code that comes with the model. Read it first.")
     model_type: str | None = _option(
@@ -244,6 +245,9 @@ class DataArguments:
     overwrite_cache: bool = _option(False, "Tokenize again although a cached result is there.")
     streaming: bool = _option(False, "Read the data while training, without a copy on disk.")
     template_name: str | None = _option(None, "Chat template; unset uses the tokenizer's own.")
+    role_markers: dict[str, str] | None = _option(
+        None, 'Other texts before the turns of the template: {"system": ..., "user": ..., "assistant": ...}.'
+    )
     tool_format: Literal["default", "qwen", "llama3", "glm4", "mistral"] | None = _option(
         None, "How tools and tool calls are written; unset is the template's way."
     )
@@ -726,7 +730,11 @@ def parse_arguments(
 
 
 def _check_stage(arguments: Sequence[Any], prog: str) -> None:
-    """Refuse what only training on texts can do; stages that do it say `_trains_on_texts`."""
+    """Refuse what the stage or the engine cannot do; stages that train on texts say `_trains_on_texts`."""
+    found = {name: value for each in arguments for name, value in vars(each).items()}
+    if found.get("upcast_layernorm") and (found.get("deepspeed") or found.get("fsdp")):
+        engine = "--deepspeed" if found.get("deepspeed") else "--fsdp"
+        raise InputError(f"--upcast_layernorm: found beside {engine}, which has one data type for all; leave it out")
     if any(getattr(each, "_trains_on_texts", False) for each in arguments):
         return
     for flag in ("shift_attn", "trainable_params", "router_aux_loss_coef"):

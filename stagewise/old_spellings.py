@@ -144,6 +144,21 @@ def _use_mps_device(raw: Any) -> dict[str, Any]:
     return {}
 
 
+def _old_adapter(flag: str, goes_on: bool) -> OldSpelling:
+    """Whether training goes on with the adapter that is there, as --peft_path does, or puts a new one on top of it."""
+
+    def translate(raw: Any) -> dict[str, Any]:
+        if _truth(flag, raw) != goes_on:
+            raise InputError(
+                f"--{flag} {raw}: a new adapter would belong to a base that exists in memory alone; merge the old one "
+                "first (python merge_peft_adapter.py --base_model BASE --lora_model OLD --output_dir MERGED), then "
+                "train with --model_name_or_path MERGED"
+            )
+        return {}
+
+    return OldSpelling((flag,), ("peft_path",), translate, "--peft_path goes on with the adapter that it names")
+
+
 _AUTOMATIC_MIXED_PRECISION = "mixed precision is torch's own, chosen by --bf16 or --fp16"
 _USE_BF16_OR_FP16 = "use --bf16 or --fp16 alone (torch's own mixed precision)"
 
@@ -165,6 +180,8 @@ OLD_SPELLINGS: tuple[OldSpelling, ...] = (
     rename("per_gpu_train_batch_size", "per_device_train_batch_size"),
     rename("per_gpu_eval_batch_size", "per_device_eval_batch_size"),
     rename("train_on_inputs", "train_on_prompt"),
+    _old_adapter("resume_lora_training", goes_on=True),
+    _old_adapter("create_new_adapter", goes_on=False),
     summed_lengths("model_max_length"),
     # Fields of today's TrainingArguments too, where the new name wins without a word when both are set: with one name
     # left, a flag can override what a file says under the other.

@@ -620,6 +620,19 @@ def test_old_spelling_of_what_happens_anyway_is_dropped(flags, note, caplog):
     assert note in record.getMessage()
 
 
+@pytest.mark.parametrize("flags", [["--resume_lora_training", "True"], ["--create_new_adapter", "False"]])
+def test_going_on_with_an_adapter_is_what_peft_path_does(flags, caplog):
+    (lora,) = parse_arguments(LoraArguments, argv=["--peft_path", "old", *flags])
+    assert lora == LoraArguments(peft_path="old")
+    assert "--peft_path goes on with the adapter" in caplog.text
+
+
+@pytest.mark.parametrize("flags", [["--resume_lora_training", "False"], ["--create_new_adapter"]])
+def test_a_new_adapter_on_an_old_one_is_a_merge_first(flags):
+    with pytest.raises(InputError, match=f"^{flags[0]} .*merge_peft_adapter.py --base_model BASE"):
+        parse_arguments(LoraArguments, argv=["--peft_path", "old", *flags])
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

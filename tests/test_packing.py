@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stagewise.data.collators import CausalLMCollator
-from stagewise.data.packing import PackedDataset, best_fit_decreasing, pack_blocks, split_documents
+from stagewise.data.packing import (
+    PackedDataset,
+    best_fit_decreasing,
+    next_fit,
+    pack_blocks,
+    pack_rows,
+    split_documents,
+)
 from stagewise.errors import InputError
 from stagewise.losses.logprobs import IGNORE_INDEX
 
@@ -36,6 +43,34 @@ def test_best_fit_keeps_every_item_once_and_no_two_bins_could_be_one(lengths):
     assert min(rooms) >= 0
     loads = sorted(64 - room for room in rooms)
     assert len(bins) < 2 or loads[0] + loads[1] > 64
+
+
+def test_next_fit_by_hand():
+    """The last bin is kept, an item that fills the rest of one exactly belongs to it."""
+    assert next_fit(np.array([3, 2, 4, 1, 5, 2]), 5) == [[0, 1], [2, 3], [4], [5]]
+    assert next_fit(np.array([5]), 5) == [[0]]
+    assert next_fit(np.array([], dtype=int), 5) == []
+
+
+@settings(derandomize=True, max_examples=50)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=60))
+def test_next_fit_keeps_the_order_and_overfills_nothing(lengths):
+    bins = next_fit(np.array(lengths), 20)
+    assert [item for found in bins for item in found] == list(range(len(lengths)))
+    totals = [sum(lengths[item] for item in found) for found in bins]
+    assert max(totals) <= 20
+    for total, following in zip(totals, bins[1:], strict=False):
+        assert total + lengths[following[0]] > 20
+
+
+def test_sequential_packing_keeps_data_sets_apart_and_in_their_order():
+    """Interleaved data sets stay interleaved, and no row holds two (the tail of one under the name of the other)."""
+    names = ["a", "b", "a", "b", "a", "b"]
+    rows = [{"input_ids": [i] * n, "labels": [i] * n, "length": n} for i, n in enumerate([3, 4, 2, 4, 5, 1])]
+    dataset = Dataset.from_list([{**row, "dataset": name} for row, name in zip(rows, names, strict=True)])
+    packed = pack_rows(dataset, 5, "sequential")
+    assert packed.bins == [[0, 2], [1], [3, 5], [4]]
+    assert [packed[i]["dataset"] for i in range(4)] == ["a", "b", "b", "a"]
 
 
 def test_blocks_by_hand_lose_nothing():

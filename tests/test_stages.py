@@ -12,7 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import inference
 import merge_peft_adapter
+from stagewise.arguments import DataArguments
+from stagewise.data.loading import resolve_template
 from stagewise.errors import InputError
+from template import get_template, with_role_markers
 from tests.stages import FULL, LORA, losses, run_pt, run_sft, weights
 
 SHORT = ("--max_steps", "4", "--eval_strategy", "steps", "--eval_steps", "2", "--eval_on_start", "True")
@@ -291,6 +294,25 @@ def test_the_next_stage_takes_the_template_from_stage_json(merged_dir, sft_file,
     stage = json.loads((tmp_path / "o" / "stage.json").read_text())
     assert stage["template"] == "chatml"
     assert stage["parent"]["stage"] == "sft"
+
+
+def test_role_markers_travel(tiny_model_dir, sft_file, tmp_path):
+    """Into the prompt, the saved chat template, and the next stage."""
+    markers = {"system": "S: ", "user": "U: ", "assistant": "A: "}
+    flags = ("--template_name", "mft", "--role_markers", json.dumps(markers), *FULL, "--do_train", "True")
+    out = tmp_path / "sft"
+    run_sft(tiny_model_dir, sft_file, out, *flags, "--max_steps", "1", "--save_strategy", "no")
+    rendered = AutoTokenizer.from_pretrained(out).apply_chat_template(
+        [{"role": "system", "content": "Add."}, {"role": "user", "content": "1 + 1?"}],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    assert rendered == "S: Add.\nU: 1 + 1?\nA: "
+    stage = json.loads((out / "stage.json").read_text())
+    found = resolve_template(DataArguments(train_file_dir=sft_file), stage)
+    assert found == with_role_markers(get_template("mft"), markers)
+    with pytest.raises(InputError, match="--role_markers: the tokenizer's own template"):
+        resolve_template(DataArguments(train_file_dir=sft_file, role_markers=markers), None)
 
 
 def test_peft_path_starts_from_the_old_weights(tiny_model_dir, sft_dir, sft_file, tmp_path):

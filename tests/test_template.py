@@ -5,6 +5,7 @@ The expected texts are written by hand from the owners' renderings. Where these 
 """
 
 import importlib.resources
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -919,6 +920,18 @@ def test_role_markers_of_mft():
     assert with_role_markers(get_template("mft"), {}) == get_template("mft")
     only_user = with_role_markers(get_template("mft"), {"user": "U:"})
     assert render(only_user, chat("Q1", "A1")).text == "U:Q1\n<s>bot\nA1\n<EOS>\n"
+
+
+def test_a_template_with_role_markers_is_found_by_its_name():
+    """What stage.json keeps of a template is its name."""
+    marked = with_role_markers(get_template("mft"), {"user": "<用户>:", "assistant": 'say "it": '})
+    assert marked.name == 'mft {"assistant": "say \\"it\\": ", "user": "<用户>:"}'
+    assert get_template(marked.name) == marked
+    assert get_template(marked.name, tool_format="qwen") == replace(marked, tool_format="qwen")
+    twice = with_role_markers(marked, {"user": "U:", "system": "S:"})
+    assert twice == with_role_markers(get_template("mft"), {"system": "S:", "user": "U:", "assistant": 'say "it": '})
+    with pytest.raises(TemplateError, match="not JSON"):
+        get_template('mft {"user": ')
 
 
 def test_role_markers_drop_special_tokens_that_are_no_longer_written():

@@ -28,7 +28,7 @@ from stagewise.data.tokenization import (
     tokenize_documents,
 )
 from stagewise.errors import InputError
-from template import Template, get_template
+from template import Template, get_template, with_role_markers
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,8 @@ class StageData(Generic[Audit]):
 
 
 def resolve_template(args: DataArguments, parent: dict | None) -> Template | None:
-    """--template_name, or else the one that the parent stage was trained with, or None for the tokenizer's own.
+    """--template_name, or else the one that the parent stage was trained with, with --role_markers; or None for the
+    tokenizer's own.
 
     Raises:
         TemplateError: no such template.
@@ -68,10 +69,13 @@ def resolve_template(args: DataArguments, parent: dict | None) -> Template | Non
             raise InputError(
                 f"--tool_format {args.tool_format}: the tokenizer's own template writes tools its own way"
             )
+        if args.role_markers:
+            raise InputError("--role_markers: the tokenizer's own template has its own; name one with --template_name")
         return None
     if args.template_name is None:
         logger.info("template %s, from the base model's stage.json", name)
-    return get_template(name, tool_format=args.tool_format)
+    template = get_template(name, tool_format=args.tool_format)
+    return with_role_markers(template, args.role_markers) if args.role_markers else template
 
 
 def add_template_tokens(template: Template | None, tokenizer) -> list[str]:

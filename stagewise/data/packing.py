@@ -120,30 +120,57 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     return bins
 
 
-def pack_rows(dataset: Dataset, max_length: int) -> "PackedDataset":
+def next_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
+    """Bins of item indices in the items' own order: an item that does not fit into the last bin opens a new one.
+
+    Args:
+        lengths: (n,), each between 1 and `capacity`.
+    """
+    bins: list[list[int]] = []
+    room = 0
+    for item, length in enumerate(lengths.tolist()):
+        if length > room:
+            bins.append([])
+            room = capacity
+        bins[-1].append(item)
+        room -= length
+    return bins
+
+
+# --packing_strategy: what shares rows out to packed rows.
+STRATEGIES = {"best_fit": best_fit_decreasing, "sequential": next_fit}
+
+
+def pack_rows(dataset: Dataset, max_length: int, strategy: str = "best_fit") -> "PackedDataset":
     """Pack and say in the log how full the rows are.
+
+    Args:
+        strategy: a key of STRATEGIES.
 
     Raises:
         InputError: a stream, whose lengths nobody knows beforehand.
     """
     if not isinstance(dataset, Dataset):
-        raise InputError("--packing: best-fit packing looks at the whole data set; with --streaming leave it off")
-    packed = PackedDataset(dataset, max_length)
+        raise InputError("--packing: packing looks at the whole data set; with --streaming leave it off")
+    packed = PackedDataset(dataset, max_length, strategy)
     logger.info("packing: %d rows in %d, %.1f%% full", len(dataset), len(packed), 100 * packed.efficiency)
     return packed
 
 
-def _bins(lengths: np.ndarray, names: np.ndarray, max_length: int) -> list[list[int]]:
-    """Rows that share a packed row, by their indices; those of each data set by themselves."""
+def _bins(lengths: np.ndarray, names: np.ndarray, max_length: int, strategy: str) -> list[list[int]]:
+    """Rows that share a packed row, by their indices; those of each data set by themselves.
+
+    In sequence they come in the order of their first rows, so that mixed data sets stay mixed.
+    """
     bins = []
     for name in dict.fromkeys(names.tolist()):
         members = np.flatnonzero(names == name)
-        bins += [members[found].tolist() for found in best_fit_decreasing(lengths[members], max_length)]
-    return bins
+        bins += [members[found].tolist() for found in STRATEGIES[strategy](lengths[members], max_length)]
+    return sorted(bins) if strategy == "sequential" else bins
 
 
 class PackedDataset(torch.utils.data.Dataset):
-    """Rows of a tokenized data set packed by best-fit decreasing into rows of at most `max_length` tokens.
+    """Rows of a tokenized data set packed into rows of at most `max_length` tokens.
 
     Only the assignment is in memory, found by the first process for all; ids stay in the memory-mapped data set. The
     first label of each document is IGNORE_INDEX: no token is predicted from another document's last one.
@@ -152,11 +179,11 @@ class PackedDataset(torch.utils.data.Dataset):
     of one data set only).
     """
 
-    def __init__(self, dataset: Dataset, max_length: int):
+    def __init__(self, dataset: Dataset, max_length: int, strategy: str = "best_fit"):
         self.dataset = dataset
         lengths = np.asarray(dataset.with_format("numpy")["length"][:])
         names = np.asarray(dataset["dataset"][:])
-        self.bins: list[list[int]] = decide_on_first(lambda: _bins(lengths, names, max_length))
+        self.bins: list[list[int]] = decide_on_first(lambda: _bins(lengths, names, max_length, strategy))
         self.efficiency = float(lengths.sum() / (len(self.bins) * max_length)) if self.bins else 0.0
 
     def __len__(self) -> int:

@@ -24,6 +24,7 @@ from stagewise.arguments import ModelArguments
 from stagewise.errors import InputError
 from stagewise.modeling.attention import is_flash, require_flash_attention
 from stagewise.modeling.experts import find_router_loss, gather_experts_together
+from stagewise.modeling.precision import upcast_norms
 from stagewise.modeling.quantization import Quantization, loading_options, settle_quantized
 from stagewise.modeling.rope_scaling import (
     check_rope,
@@ -328,6 +329,8 @@ def _build_model(
     settle_quantized(model, quantization.compute_dtype if quantization else None)
     if is_deepspeed_zero3_enabled():
         gather_experts_together(model)
+    if args.upcast_layernorm:
+        upcast_norms(model)
     # an adapter and a score head are drawn next: the same ones under every engine, and ZeRO-3 draws while it loads
     torch.manual_seed(torch.initial_seed())
     return model

@@ -1,6 +1,5 @@
 """Put a LoRA adapter on a model: fresh, or from an old adapter's weights."""
 
-import functools
 import json
 import logging
 from pathlib import Path
@@ -11,6 +10,7 @@ from transformers import PreTrainedModel
 
 from stagewise.arguments import LoraArguments
 from stagewise.errors import InputError
+from stagewise.modeling.precision import hold_in_float32
 from stagewise.modeling.quantization import TrainedBase, quantization_of, quantized_inside
 from stagewise.modeling.rope_scaling import check_peft_path
 from stagewise.modeling.sharded import shape_of
@@ -238,18 +238,7 @@ def _train_in_float32(peft_model: nn.Module) -> None:
         if dtype == torch.float32:
             continue
         for trained in wrapper.modules_to_save.values():
-            trained.float()
-            trained.register_forward_pre_hook(_input_in_own_dtype)
-            trained.register_forward_hook(functools.partial(_output_in_dtype, dtype))
-
-
-def _input_in_own_dtype(module: nn.Module, inputs: tuple) -> tuple:
-    dtype = next(module.parameters()).dtype  # DeepSpeed may have changed it, and keeps float32 copies itself
-    return tuple(x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs)
-
-
-def _output_in_dtype(dtype: torch.dtype, module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-    return output.to(dtype)
+            hold_in_float32(trained, dtype)
 
 
 def _holds_embedding(model: PreTrainedModel, saved: list[str] | None) -> bool:

@@ -1,0 +1,70 @@
+"""--upcast_layernorm: norms compute in float32 inside a model of 16 bits."""
+
+import copy
+
+import pytest
+import torch
+
+from stagewise.arguments import LoraArguments, ModelArguments, RunArguments, StageTrainingArguments, parse_arguments
+from stagewise.errors import InputError
+from stagewise.modeling.loading import load_causal_lm
+from stagewise.modeling.precision import upcast_norms
+from tests.architectures import tiny_model
+from tests.stages import LORA, losses, run_sft
+
+
+def norms(model):
+    return [module for module in model.modules() if "norm" in type(module).__name__.lower()]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma", "bloom", "phi"])
+def test_norms_round_once(name):
+    """Their output is that of the same norm in float32, rounded; without it products are rounded in between."""
+    torch.manual_seed(1)
+    model = tiny_model(name).to(torch.bfloat16)
+    with torch.no_grad():
+        for norm in norms(model):
+            for parameter in norm.parameters():
+                parameter.uniform_(0.5, 1.5)
+    plain = copy.deepcopy(model)
+    assert upcast_norms(model) == len(norms(model)) > 0
+    differs = False
+    for norm, before in zip(norms(model), norms(plain), strict=True):
+        width = next(norm.parameters()).shape[0]
+        x = torch.randn(64, width).to(torch.bfloat16)
+        exact = copy.deepcopy(before).float()(x.float())
+        assert norm(x).dtype == torch.bfloat16
+        assert torch.equal(norm(x), exact.to(torch.bfloat16))
+        differs |= not torch.equal(before(x), norm(x))
+    assert differs or name in ("bloom", "phi", "gemma")  # which round once by themselves
+    ids = torch.arange(1, 9)[None]
+    assert model(input_ids=ids, use_cache=False).logits.isfinite().all()
+    assert all(
+        p.dtype == torch.bfloat16
+        for m in model.modules()
+        if m not in norms(model)
+        for p in m._parameters.values()
+        if p is not None
+    )
+
+
+def test_a_run_with_it(tiny_model_dir, sft_file, tmp_path, tokenizer):
+    flags = ("--dtype", "bfloat16", "--max_steps", "2", "--do_train", "True", "--save_strategy", "no", *LORA)
+    run_sft(tiny_model_dir, sft_file, tmp_path / "out", *flags, "--upcast_layernorm", "True")
+    assert len(losses(tmp_path / "out")) == 2
+    args = ModelArguments(model_name_or_path=tiny_model_dir, dtype="bfloat16", upcast_layernorm=True)
+    model = load_causal_lm(args, tokenizer, trains_all=False)
+    assert {norm.weight.dtype for norm in norms(model)} == {torch.float32}
+    in_32 = ModelArguments(model_name_or_path=tiny_model_dir, dtype="float32", upcast_layernorm=True)
+    assert not any(norm._forward_hooks for norm in norms(load_causal_lm(in_32, tokenizer, trains_all=False)))
+
+
+def test_engines_with_one_data_type_refuse_it(monkeypatch):
+    monkeypatch.setattr("stagewise.arguments.settle_engine", lambda args: None)
+    monkeypatch.setattr(StageTrainingArguments, "__post_init__", lambda self: None)
+    shared = ["--model_name_or_path", "m", "--output_dir", "o", "--upcast_layernorm", "True"]
+    for flags in (["--deepspeed", "zero2.json"], ["--fsdp", "True"]):
+        with pytest.raises(InputError, match=f"^--upcast_layernorm: found beside {flags[0]}"):
+            parse_arguments(
+                ModelArguments, LoraArguments, RunArguments, StageTrainingArguments, argv=[*shared, *flags]
+            )
