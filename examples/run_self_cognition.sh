@@ -12,7 +12,7 @@ export OUTPUT="${OUTPUT:-outputs/self_cognition}"
 export TRAIN="${TRAIN:-examples/law/self_cognition.json}" VALIDATION="${VALIDATION:-examples/law/self_cognition.json}"
 
 EPOCHS=10
-[ "$EMBEDDED" = no ] || EPOCHS=100
+[ "$EMBEDDED" = no ] || EPOCHS=40
 bash run_sft.sh --num_train_epochs "$EPOCHS" --eval_strategy no --overwrite_output_dir True "$@"
 
 . ./setup_environment.sh

@@ -162,6 +162,57 @@ def test_one_process_of_a_machine_prepares_the_data(flags, tmp_path):
     assert prepared[0]["tokenized"] == prepared[0]["packed"] == 24
 
 
+# supervised_finetuning.py that writes down what each of its processes trains on, batch by batch.
+RECORDED = """
+import json, os, sys
+from pathlib import Path
+from stagewise.data.collators import CausalLMCollator
+from stagewise.run.exit_codes import run_script
+
+collate, seen = CausalLMCollator.__call__, []
+
+def recorded(self, rows):
+    seen.append([row["input_ids"] for row in rows])
+    return collate(self, rows)
+
+CausalLMCollator.__call__ = recorded
+import supervised_finetuning
+run_script(supervised_finetuning.main)
+folder = Path(sys.argv[sys.argv.index("--output_dir") + 1])
+(folder / ("seen%s.json" % os.environ.get("RANK", 0))).write_text(json.dumps(seen))
+"""
+
+
+def test_every_row_once_an_epoch_in_one_order(flags, sft_file, tmp_path):
+    """On one process and on two, of two interleaved data sets; a resumed run goes on with the next row."""
+    (tmp_path / "run.py").write_text(RECORDED)
+    lines = Path(sft_file).read_text(encoding="utf-8").splitlines(keepends=True)
+    for name, part in (("a", lines[:16]), ("b", lines[16:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part), encoding="utf-8")
+
+    def seen(name: str, processes: int, *more: str) -> list[list]:
+        """The rows of each step, in the order of the processes."""
+        command = flags(tmp_path / name, 4 // processes, -1)
+        command += ["--train_file_dir", f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", "--mix_strategy", "interleave_over"]
+        command += ["--do_eval", "False", "--num_train_epochs", "2", "--data_seed", "7", *more]
+        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29815"]
+        output(start(sys.executable, *(torchrun if processes > 1 else []), str(tmp_path / "run.py"), *command))
+        ranks = [json.loads((tmp_path / name / f"seen{rank}.json").read_text()) for rank in range(processes)]
+        return [sum(batches, []) for batches in zip(*ranks, strict=True)]
+
+    one = seen("one", 1, "--save_strategy", "steps", "--save_steps", "3")
+    rows = [tuple(row) for batch in one for row in batch]
+    assert len(one) == 2 * 8  # b's 8 rows come twice beside a's 16, so that an epoch has 32
+    first, second = rows[:32], rows[32:]
+    assert sorted(first) == sorted(second)
+    assert first != second
+    assert len(set(first)) == 24
+    assert seen("two", 2) == one
+    assert seen("resumed", 1, "--resume_from_checkpoint", str(tmp_path / "one" / "checkpoint-3")) == one[3:]
+    checkpoint = str(tmp_path / "one" / "checkpoint-12")  # in the second epoch
+    assert seen("later", 1, "--resume_from_checkpoint", checkpoint) == one[12:]
+
+
 # --- what cannot be honoured -----------------------------------------------------------------------------------------
 
 

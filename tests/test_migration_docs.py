@@ -1,17 +1,20 @@
 """docs/from-llama-factory.md and docs/from-mftcoder.md: each flag they name is one, no flag of the commands is missing
-there, and every translated command is read by its script's own parser."""
+there, every translated command is read by its script's own parser, and those of the tutorial train."""
 
 import importlib
 import json
 import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from stagewise.arguments import StageTrainingArguments, flag_names
+from tests.stages import losses, weights
 from tests.test_frozen_flags import FOLDER as FROZEN
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -281,6 +284,30 @@ def test_the_jobs_of_the_tutorial_keep_their_values(number, workplace, monkeypat
     assert [Path(text).stem for text in found["train_file_dir"].split(",")] == expected.pop("_data")
     assert {key: found[key] for key in expected} == expected
     assert len(commands(LLAMA_FACTORY)) == len(JOBS)
+
+
+@pytest.mark.parametrize("number", range(len(JOBS)))
+def test_the_jobs_of_the_tutorial_train(number, tiny_model_dir, tmp_path):
+    """As printed, but for the model, two steps, bfloat16 (as the page says for CPUs), and offloading uncompiled."""
+    for name, content in configurations().items():
+        settings = json.loads(content)
+        if "zero_optimization" in settings:
+            settings["zero_force_ds_cpu_optimizer"] = False
+        (tmp_path / name).write_text(json.dumps(settings))
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    command = commands(LLAMA_FACTORY)[number].replace("microsoft/phi-1_5", tiny_model_dir)
+    command = command.replace("--fp16", "--bf16").replace("--master_port 9901", f"--master_port {29_820 + number}")
+    command = re.sub(r"(\w+\.py)", rf"{ROOT}/\1", command) + " --max_steps 2 --model_max_length 256 --logging_steps 1"
+    environment = {
+        **os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    done = subprocess.run(
+        command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    (output,) = re.findall(r"--output_dir (\S+)", command)
+    assert len(losses(tmp_path / output)) == 2
+    assert all(tensor.numel() for tensor in weights(tmp_path / output).values())
 
 
 def keys(value) -> set[str]:

@@ -87,6 +87,14 @@ def test_one_variable_starts_torchrun(workspace):
     assert max((first[key] - second[key]).abs().max().item() for key in first) < 1e-4
 
 
+def test_a_model_learns_its_new_name(workspace):
+    """The script fails unless the merged model answers with the name, in two languages."""
+    command = "bash examples/run_self_cognition.sh --num_train_epochs 60 --learning_rate 1e-2"
+    told = check(run(command, workspace, NAME="Lexi", OUTPUT="outputs/lexi"))
+    assert re.search("你是谁？ .*Lexi", told)
+    assert re.search("What is your name\\? .*Lexi", told)
+
+
 def readme_blocks() -> list[str]:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.M | re.S)
