@@ -397,6 +397,22 @@ def test_min_lr_is_a_floor(tiny_model_dir, text_file, tmp_path):
     assert rates == pytest.approx([max(1e-3 * (8 - n) / 8, 4e-4) for n in range(8)])
 
 
+def test_save_total_limit_keeps_the_best(tiny_model_dir, sft_file, tmp_path):
+    """Beside the newest; what is held out is so different that the best comes early."""
+    other = {"conversations": [{"from": "human", "value": "月亮"}, {"from": "gpt", "value": "星星和太阳在天上走。"}]}
+    (tmp_path / "other.jsonl").write_text(json.dumps(other, ensure_ascii=False), encoding="utf-8")
+    flags = ("--max_steps", "8", "--learning_rate", "3e-2", "--lr_scheduler_type", "constant", *FULL)
+    flags += ("--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1", "--save_total_limit", "2")
+    flags += ("--validation_file_dir", str(tmp_path / "other.jsonl"))
+    run_sft(tiny_model_dir, sft_file, tmp_path / "out", *flags)
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    found = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry}
+    best = min(found, key=lambda step: found[step])
+    assert best < 7
+    kept = {path.name for path in (tmp_path / "out").glob("checkpoint-*")}
+    assert kept == {f"checkpoint-{best}", "checkpoint-8"}
+
+
 def test_early_stopping_stops_at_the_nth_stall(tiny_model_dir, text_file, tmp_path):
     flags = ("--max_steps", "20", "--learning_rate", "0.0", "--eval_strategy", "steps", "--eval_steps", "2")
     run_pt(tiny_model_dir, text_file, tmp_path, *LORA, *flags, "--save_steps", "2", "--early_stopping_stall_num", "3")

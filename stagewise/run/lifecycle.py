@@ -178,6 +178,8 @@ def report_dry_run(args, data_report: dict, train_dataset, memory: MemoryPlan | 
 def build_trainer(trainer_class: type[Trainer], args, run_args, **kwargs) -> Trainer:
     """The Trainer with our log line, the signal handler, and early stopping where it is asked for."""
     check_kernel(kwargs["model"], args.bf16 or args.fp16)
+    if (args.save_total_limit or 0) > 1 and args.eval_strategy != "no":
+        _look_for_best(args)  # a checkpoint that is known to be the best is not deleted
     callbacks = [LogLine(), SaveOnSignal(), SaveStreamPosition(kwargs["train_dataset"])]
     if run_args.early_stopping_stall_num:
         callbacks.append(_early_stopping(args, run_args.early_stopping_stall_num))
@@ -194,9 +196,13 @@ def _early_stopping(args, stalls: int):
         raise InputError(
             "--early_stopping_stall_num: needs evaluations; pass --eval_strategy steps (and --eval_steps)"
         )
+    _look_for_best(args)
+    return EarlyStoppingCallback(early_stopping_patience=stalls)
+
+
+def _look_for_best(args) -> None:
     if args.metric_for_best_model is None:
         args.metric_for_best_model, args.greater_is_better = "eval_loss", False
-    return EarlyStoppingCallback(early_stopping_patience=stalls)
 
 
 def total_steps(trainer: Trainer) -> int:
