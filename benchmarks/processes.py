@@ -85,7 +85,7 @@ def child(flags: list[str]) -> None:
     from stagewise.run.exit_codes import run_script
 
     counted = {"rank": int(os.environ.get("RANK", 0)), "tokenized": 0, "packed": 0}
-    encode, pack = tokenization.encode_conversations, packing.best_fit_decreasing
+    encode, pack = tokenization.encode_conversations, packing.STRATEGIES["best_fit"]
 
     def count_encoded(rows, *args, **kwargs):
         counted["tokenized"] += len(rows)
@@ -95,7 +95,7 @@ def child(flags: list[str]) -> None:
         counted["packed"] += len(lengths)
         return pack(lengths, *args, **kwargs)
 
-    tokenization.encode_conversations, packing.best_fit_decreasing = count_encoded, count_packed
+    tokenization.encode_conversations, packing.STRATEGIES["best_fit"] = count_encoded, count_packed
     run_script(lambda: supervised_finetuning.main(flags))
     print(json.dumps(counted), flush=True)
 

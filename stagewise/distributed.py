@@ -39,6 +39,8 @@ def settle_engine(args: Any) -> None:
         raise InputError("--fsdp_config: has no meaning without --fsdp True; add it")
     if uses_fsdp(args):
         _check_fsdp(args)
+    if args.use_cpu:
+        _meet_anew()
     if args.deepspeed:
         if zero_stage(args) == 3 and not _gathers_when_saving(args):
             raise InputError(
@@ -150,6 +152,22 @@ def _start_deepspeed(use_cpu: bool) -> None:
         # its shared-memory kernel is compiled when first used; gloo does the same work without a compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+
+
+def _meet_anew() -> None:
+    """Form the group of a restart under keys of its own: gloo would find the addresses of processes that have died,
+    which torchrun's store still holds, and wait for them.
+    """
+    import torch.distributed as dist
+
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restart == "0" or dist.is_initialized():
+        return
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, size, is_master=not by_agent and rank == 0, wait_for_workers=False)
+    dist.init_process_group("gloo", store=dist.PrefixStore(f"restart/{restart}", store), rank=rank, world_size=size)
 
 
 def _be_a_world_of_one() -> None:

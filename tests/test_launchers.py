@@ -42,7 +42,7 @@ def output(process: subprocess.Popen, timeout: int = 300) -> str:
     return text
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def flags(tiny_model_dir, sft_file):
     """(output folder, rows of a process's batch) -> arguments of supervised_finetuning.py."""
 
@@ -57,12 +57,13 @@ def flags(tiny_model_dir, sft_file):
     return arguments
 
 
-@pytest.fixture
-def one_process(flags, tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def one_process(flags, tmp_path_factory) -> Path:
     import supervised_finetuning
 
-    supervised_finetuning.main(flags(tmp_path / "one", 4))
-    return tmp_path / "one"
+    folder = tmp_path_factory.mktemp("one") / "out"
+    supervised_finetuning.main(flags(folder, 4))
+    return folder
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -122,26 +123,32 @@ def test_two_nodes_train_together(flags, one_process, tmp_path):
 
 
 def test_a_killed_process_costs_nothing_but_time(flags, tmp_path):
-    """One of two is killed after the first checkpoint; the run ends by itself where an undisturbed one does."""
-    saved = ["--save_strategy", "steps", "--save_steps", "4"]
+    """One of two is killed after the second checkpoint; the run ends by itself where an undisturbed one does."""
+    saved = ["--save_strategy", "steps", "--save_steps", "4", "--ddp_timeout", "60"]
     group = {"NPROC_PER_NODE": "2", "MAX_RESTARTS": "1"}
-    undisturbed = shell([*flags(tmp_path / "whole", 2, 60), *saved], MASTER_PORT="29809", **group)
-    output(undisturbed)
-    run = shell([*flags(tmp_path / "killed", 2, 60), *saved], MASTER_PORT="29811", **group)
-    wait_for(tmp_path / "killed" / "checkpoint-8" / "trainer_state.json", run)
+    output(shell([*flags(tmp_path / "whole", 2, 24), *saved], MASTER_PORT="29809", **group))
+    killed = tmp_path / "killed"
+    run = shell([*flags(killed, 2, 24), *saved], MASTER_PORT="29811", **group)
+    text = kill_second(killed / "checkpoint-8" / "trainer_state.json", run)
+    assert run.returncode == 0, text[-4000:]
+    assert "restarted after a process died: going on from" in text
+    assert len(losses(killed)) == 24
+    assert losses(tmp_path / "whole") == losses(killed)
+    first, other = weights(tmp_path / "whole"), weights(killed)
+    assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+def kill_second(after: Path, run: subprocess.Popen) -> str:
+    """SIGKILL for the second process of the group once the file is there; all that the group said until its end."""
+    wait_for(after, run)
     second = next(
         process
         for process in psutil.Process(run.pid).children(recursive=True)
         if process.environ().get("RANK") == "1" and process.environ().get("LOCAL_RANK") == "1"
     )
     second.send_signal(signal.SIGKILL)
-    text = output(run)
-    assert "restarted after a process died: going on from" in text
-    whole, killed = losses(tmp_path / "whole"), losses(tmp_path / "killed")
-    assert whole == killed
-    assert whole[60] == killed[60]
-    first, other = weights(tmp_path / "whole"), weights(tmp_path / "killed")
-    assert all(torch.equal(first[name], other[name]) for name in first)
+    text, _ = run.communicate(timeout=200)
+    return text
 
 
 def wait_for(path: Path, process: subprocess.Popen, seconds: float = 200) -> None:
@@ -166,21 +173,34 @@ def test_one_process_of_a_machine_prepares_the_data(flags, tmp_path):
 RECORDED = """
 import json, os, sys
 from pathlib import Path
-from stagewise.data.collators import CausalLMCollator
 from stagewise.run.exit_codes import run_script
+from tests.test_launchers import recorded_run
 
-collate, seen = CausalLMCollator.__call__, []
+def main():
+    argv = sys.argv[1:]
+    seen = recorded_run(argv)
+    folder = Path(argv[argv.index("--output_dir") + 1])
+    (folder / ("seen%s.json" % os.environ["RANK"])).write_text(json.dumps(seen))
 
-def recorded(self, rows):
-    seen.append([row["input_ids"] for row in rows])
-    return collate(self, rows)
-
-CausalLMCollator.__call__ = recorded
-import supervised_finetuning
-run_script(supervised_finetuning.main)
-folder = Path(sys.argv[sys.argv.index("--output_dir") + 1])
-(folder / ("seen%s.json" % os.environ.get("RANK", 0))).write_text(json.dumps(seen))
+run_script(main)
 """
+
+
+def recorded_run(argv: list[str]) -> list[list]:
+    """The rows of each batch that this process trains on."""
+    import supervised_finetuning
+    from stagewise.data.collators import CausalLMCollator
+
+    collate, seen = CausalLMCollator.__call__, []
+
+    def recorded(self, rows):
+        seen.append([row["input_ids"] for row in rows])
+        return collate(self, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CausalLMCollator, "__call__", recorded)
+        supervised_finetuning.main(argv)
+    return seen
 
 
 def test_every_row_once_an_epoch_in_one_order(flags, sft_file, tmp_path):
@@ -190,27 +210,27 @@ def test_every_row_once_an_epoch_in_one_order(flags, sft_file, tmp_path):
     for name, part in (("a", lines[:16]), ("b", lines[16:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(part), encoding="utf-8")
 
-    def seen(name: str, processes: int, *more: str) -> list[list]:
-        """The rows of each step, in the order of the processes."""
-        command = flags(tmp_path / name, 4 // processes, -1)
-        command += ["--train_file_dir", f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", "--mix_strategy", "interleave_over"]
-        command += ["--do_eval", "False", "--num_train_epochs", "2", "--data_seed", "7", *more]
-        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29815"]
-        output(start(sys.executable, *(torchrun if processes > 1 else []), str(tmp_path / "run.py"), *command))
-        ranks = [json.loads((tmp_path / name / f"seen{rank}.json").read_text()) for rank in range(processes)]
-        return [sum(batches, []) for batches in zip(*ranks, strict=True)]
+    def command(name: str, rows: int, *more: str) -> list[str]:
+        return [
+            *flags(tmp_path / name, rows, -1), "--train_file_dir", f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl",
+            "--mix_strategy", "interleave_over", "--do_eval", "False", "--num_train_epochs", "2", "--data_seed", "7",
+            *more,
+        ]  # fmt: skip
 
-    one = seen("one", 1, "--save_strategy", "steps", "--save_steps", "3")
+    one = recorded_run(command("one", 4, "--save_strategy", "steps", "--save_steps", "3"))
     rows = [tuple(row) for batch in one for row in batch]
     assert len(one) == 2 * 8  # b's 8 rows come twice beside a's 16, so that an epoch has 32
     first, second = rows[:32], rows[32:]
     assert sorted(first) == sorted(second)
     assert first != second
     assert len(set(first)) == 24
-    assert seen("two", 2) == one
-    assert seen("resumed", 1, "--resume_from_checkpoint", str(tmp_path / "one" / "checkpoint-3")) == one[3:]
-    checkpoint = str(tmp_path / "one" / "checkpoint-12")  # in the second epoch
-    assert seen("later", 1, "--resume_from_checkpoint", checkpoint) == one[12:]
+    for step in (3, 12):  # in the first and in the second epoch
+        checkpoint = str(tmp_path / "one" / f"checkpoint-{step}")
+        assert recorded_run(command(f"from{step}", 4, "--resume_from_checkpoint", checkpoint)) == one[step:]
+    torchrun = (str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", "29815", str(tmp_path / "run.py"))
+    output(start(*torchrun, *command("two", 2)))
+    ranks = [json.loads((tmp_path / "two" / f"seen{rank}.json").read_text()) for rank in range(2)]
+    assert [sum(batches, []) for batches in zip(*ranks, strict=True)] == one
 
 
 # --- what cannot be honoured -----------------------------------------------------------------------------------------

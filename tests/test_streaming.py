@@ -62,7 +62,7 @@ def test_resume_equals_no_interruption_and_reads_nothing_twice(
     ("flags", "message"),
     [
         (("--max_steps", "-1"), "pass --max_steps"),
-        (("--packing", "True"), "best-fit packing looks at the whole data set"),
+        (("--packing", "True"), "--packing: packing looks at the whole data set"),
         (("--dataloader_num_workers", "1"), "leave it at 0"),
         (("--do_eval", "True"), "nothing can be split off a stream"),
         (("--max_train_samples", "5"), "use --max_steps"),
