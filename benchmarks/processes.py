@@ -38,8 +38,7 @@ def arguments(folder: Path, name: str, steps: int) -> list[str]:
 
 def launch(folder: Path, name: str, steps: int, processes: int, engine: str, cache: str = "cache"):
     """Start a run; the first of its processes leaves trainer_state.json, each prints what it prepared."""
-    port = 20_000 + hash((str(folder), name)) % 20_000
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(torchrun if processes > 1 or ENGINES[engine] else []), "benchmarks/processes.py"]
     env = {
         **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / cache),

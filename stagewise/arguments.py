@@ -21,7 +21,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
-from stagewise.distributed import settle_engine
+from stagewise.distributed import settle_engine, uses_fsdp
 from stagewise.errors import InputError
 from stagewise.old_spellings import OLD_SPELLINGS, OldSpelling
 
@@ -731,10 +731,13 @@ def parse_arguments(
 
 def _check_stage(arguments: Sequence[Any], prog: str) -> None:
     """Refuse what the stage or the engine cannot do; stages that train on texts say `_trains_on_texts`."""
-    found = {name: value for each in arguments for name, value in vars(each).items()}
-    if found.get("upcast_layernorm") and (found.get("deepspeed") or found.get("fsdp")):
-        engine = "--deepspeed" if found.get("deepspeed") else "--fsdp"
-        raise InputError(f"--upcast_layernorm: found beside {engine}, which has one data type for all; leave it out")
+    upcast = any(getattr(each, "upcast_layernorm", False) for each in arguments)
+    for args in (each for each in arguments if upcast and isinstance(each, TrainingArguments)):
+        if args.deepspeed or uses_fsdp(args):
+            engine = "--deepspeed" if args.deepspeed else "--fsdp"
+            raise InputError(
+                f"--upcast_layernorm: found beside {engine}, which has one data type for all; leave it out"
+            )
     if any(getattr(each, "_trains_on_texts", False) for each in arguments):
         return
     for flag in ("shift_attn", "trainable_params", "router_aux_loss_coef"):

@@ -4,6 +4,7 @@ import json
 import os
 import socket
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,8 +40,7 @@ def settle_engine(args: Any) -> None:
         raise InputError("--fsdp_config: has no meaning without --fsdp True; add it")
     if uses_fsdp(args):
         _check_fsdp(args)
-    if args.use_cpu:
-        _meet_anew()
+    _meet_anew(args)
     if args.deepspeed:
         if zero_stage(args) == 3 and not _gathers_when_saving(args):
             raise InputError(
@@ -154,20 +154,31 @@ def _start_deepspeed(use_cpu: bool) -> None:
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
 
 
-def _meet_anew() -> None:
-    """Form the group of a restart under keys of its own: gloo would find the addresses of processes that have died,
-    which torchrun's store still holds, and wait for them.
+def _meet_anew(args: Any) -> None:
+    """Form the group of a restart under keys of its own.
+
+    torchrun's store outlives a restart, and torch takes it for a new one (torch.distributed.rendezvous): processes
+    would find the addresses of those that have died, and wait for them until --ddp_timeout.
     """
+    import torch
     import torch.distributed as dist
 
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if restart == "0" or dist.is_initialized():
+    if restart == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
         return
+    device = "cpu" if args.use_cpu else torch.accelerator.current_accelerator()
+    if not args.use_cpu:
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, size, is_master=not by_agent and rank == 0, wait_for_workers=False)
-    dist.init_process_group("gloo", store=dist.PrefixStore(f"restart/{restart}", store), rank=rank, world_size=size)
+    timeout = timedelta(seconds=args.ddp_timeout)
+    agent = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, False, timeout)
+    dist.init_process_group(
+        args.ddp_backend or dist.get_default_backend_for_device(device),
+        store=dist.PrefixStore(f"restart/{restart}", agent),
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+    )
 
 
 def _be_a_world_of_one() -> None:

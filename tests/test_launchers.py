@@ -8,14 +8,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 
 from stagewise.arguments import StageTrainingArguments
+from stagewise.distributed import _meet_anew
 from stagewise.errors import InputError
 from stagewise.modeling.loading import prepare_scoring
 from stagewise.run.checkpoints import check_saved, was_restarted
@@ -263,8 +266,6 @@ def test_settings_that_cannot_be_honoured(tmp_path, monkeypatch):
 
 def test_several_gpus_and_one_plain_process(monkeypatch):
     """transformers would wrap the model in nn.DataParallel; here the torchrun line is printed."""
-    from types import SimpleNamespace
-
     from stagewise.run.lifecycle import start_run
 
     args = SimpleNamespace(seed=1, n_gpu=4, output_dir="never-written")
@@ -298,6 +299,28 @@ def test_a_folder_of_another_run_is_not_gone_on_with(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     os.utime(config)
     assert not was_restarted(tmp_path)
+
+
+def test_a_restarted_group_does_not_look_where_the_dead_one_left_its_addresses(monkeypatch):
+    """What it says and asks for lies beside the rest of torchrun's store."""
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    agent.set("address", "of a process that has died")
+    values = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": agent.port}
+    values |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "2"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+    asked = {}
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: asked.update(how, backend=backend))
+    args = SimpleNamespace(use_cpu=True, ddp_backend=None, ddp_timeout=60)
+    _meet_anew(args)
+    assert (asked["backend"], asked["rank"], asked["world_size"]) == ("gloo", 1, 2)
+    assert not asked["store"].check(["address"])
+    asked["store"].set("address", "new")
+    assert agent.get("address") == b"of a process that has died"
+    asked.clear()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")  # the first start is torch's own business
+    _meet_anew(args)
+    assert not asked
 
 
 def test_a_model_without_values_is_found_out(tmp_path):
