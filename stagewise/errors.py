@@ -17,3 +17,7 @@ class TrainingDiverged(RuntimeError):
     def __init__(self, message: str, good_until: int):
         super().__init__(message)
         self.good_until = good_until
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written: exit code 1, with the way on in the message."""

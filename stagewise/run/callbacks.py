@@ -11,7 +11,6 @@ from rich.text import Text
 from transformers import Trainer, TrainerCallback
 
 from stagewise.errors import InputError
-from stagewise.run import lineage
 
 STREAM_POSITION = "stream_position.json"
 # Of a prompt in the table of sampled texts, and of the table in a file.
@@ -59,31 +58,18 @@ class SaveOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
 
-class SaveStreamPosition(TrainerCallback):
-    """Keeps with each checkpoint where in a stream of rows it was taken; does nothing for other data sets.
+def stream_position_writer(trainer: Trainer) -> Callable[[Path], None]:
+    """Writes into the folder of a checkpoint where in a stream of rows it is taken; does nothing for other data sets.
 
     A stream has `state_after(batches)` and `load_state(state)`; with several processes the first one reads for all.
     """
 
-    def __init__(self, dataset):
-        self.dataset = dataset if hasattr(dataset, "state_after") else None
-
-    def on_save(self, args, state, control, **kwargs):
-        if self.dataset is not None and state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            position = self.dataset.state_after(state.global_step)
+    def write(folder: Path) -> None:
+        if hasattr(trainer.train_dataset, "state_after") and trainer.is_world_process_zero():
+            position = trainer.train_dataset.state_after(trainer.state.global_step)
             (folder / STREAM_POSITION).write_text(json.dumps(position), encoding="utf-8")
 
-
-class SaveLineage(TrainerCallback):
-    """Keeps stage.json with each checkpoint: it is resumed, merged and used as the run's own result is."""
-
-    def __init__(self, stage_fields: dict):
-        self.stage_fields = stage_fields
-
-    def on_save(self, args, state, control, **kwargs):
-        if args.should_save:
-            lineage.write_stage(Path(args.output_dir) / f"checkpoint-{state.global_step}", **self.stage_fields)
+    return write
 
 
 class SaveSamples(TrainerCallback):

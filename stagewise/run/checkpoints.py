@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 from safetensors import safe_open
 
+from stagewise.checkpoint_files import manifest_problem
 from stagewise.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,9 @@ def checkpoint_problem(folder: Path) -> str | None:
     """Why the Trainer could not continue exactly from `folder`, or None."""
     if not folder.is_dir():
         return "no such folder"
+    problem = manifest_problem(folder)
+    if problem is not None:
+        return problem
     try:
         state = json.loads((folder / "trainer_state.json").read_text())
     except FileNotFoundError:

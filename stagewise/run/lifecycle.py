@@ -22,7 +22,7 @@ from stagewise.modeling.attention import check_kernel
 from stagewise.modeling.quantization import Quantization
 from stagewise.modeling.rope_scaling import rope_setting
 from stagewise.run import lineage
-from stagewise.run.callbacks import SaveLineage, SaveOnSignal, SaveStreamPosition, resume_stream
+from stagewise.run.callbacks import SaveOnSignal, resume_stream, stream_position_writer
 from stagewise.run.checkpoints import (
     check_saved,
     checkpoint_step,
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 NOT_REPEATED = ("hf_hub_token", "hub_token", "resume_from_checkpoint", "overwrite_output_dir", "dry_run")
 # What a run of ours leaves in output_dir, and so what --overwrite_output_dir may delete; anything else stays.
 OWN_FILES = (
-    "checkpoint-*", "logs", "adapter_config.json", "adapter_model.safetensors", "config.json",
+    "checkpoint-*", "checkpoint.partial", "logs", "adapter_config.json", "adapter_model.safetensors", "config.json",
     "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*",
     "special_tokens_map.json", "chat_template.jinja", "added_tokens.json", "vocab.json", "merges.txt",
     "training_args.bin", "*_results.json", "trainer_state.json", "*.png", "run_config.yaml", "data_report.json",
@@ -180,12 +180,13 @@ def build_trainer(trainer_class: type[Trainer], args, run_args, **kwargs) -> Tra
     check_kernel(kwargs["model"], args.bf16 or args.fp16)
     if (args.save_total_limit or 0) > 1 and args.eval_strategy != "no":
         _look_for_best(args)  # a checkpoint that is known to be the best is not deleted
-    callbacks = [LogLine(), SaveOnSignal(), SaveStreamPosition(kwargs["train_dataset"])]
+    callbacks = [LogLine(), SaveOnSignal()]
     if run_args.early_stopping_stall_num:
         callbacks.append(_early_stopping(args, run_args.early_stopping_stall_num))
     trainer = trainer_class(args=args, callbacks=callbacks, **kwargs)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
+    trainer.checkpoint_writers.append(stream_position_writer(trainer))
     return trainer
 
 
@@ -225,7 +226,7 @@ def train_and_save(
         TrainingDiverged: nothing is saved then; the message names the last checkpoint that is sound.
     """
     stage_fields["rope"] = rope_setting(trainer.model.config)
-    trainer.add_callback(SaveLineage(stage_fields))
+    trainer.checkpoint_writers.append(lambda folder: lineage.write_stage(folder, **stage_fields))
     if checkpoint is not None and checkpoint_step(checkpoint) >= total_steps(trainer):
         logger.info("%s is at the end of the run: nothing left to train", checkpoint)
         trainer._load_from_checkpoint(checkpoint)

@@ -1,12 +1,18 @@
 """What the Trainer of every stage does: throughput in the log, a floor of the learning rate, noise on embeddings."""
 
+import shutil
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from stagewise.errors import InputError
+from stagewise.checkpoint_files import PARTIAL, publish, seal
+from stagewise.errors import InputError, SaveFailed
 from stagewise.modeling.neftune import embedding_noise
 
 # What collators add beside the model's inputs.
@@ -35,6 +41,9 @@ class StageTrainerMixin(_Base):
         super().__init__(*args, **kwargs)
         self.neftune_noise_alpha = None  # the noise is ours, see train
         self.min_lr = min_lr
+        # called with the folder of a checkpoint while it is written, on the process that saves
+        self.checkpoint_writers: list[Callable[[Path], object]] = []
+        self._run_dir: str | None = None  # where a checkpoint is being written
         self._new_tokens: Tensor | None = None  # since the last log; on the device
         self._clock = time.perf_counter()
         self._paused_s = 0.0
@@ -69,10 +78,61 @@ class StageTrainerMixin(_Base):
         finally:
             self._paused_s += time.perf_counter() - started
 
-    def _save_checkpoint(self, *args, **kwargs):
+    def _save_checkpoint(self, model, trial):
+        """The Trainer's, but complete or not there: written in a folder beside, sealed, renamed.
+
+        Raises:
+            SaveFailed: it could not be written; what was written of it is deleted, earlier checkpoints stay.
+        """
         started = time.perf_counter()
-        super()._save_checkpoint(*args, **kwargs)
+        run_dir = Path(self.args.output_dir)
+        final = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        partial = run_dir / PARTIAL / final.name
+        if self.args.should_save:
+            shutil.rmtree(partial.parent, ignore_errors=True)  # of a run that was killed while it saved
+        self.accelerator.wait_for_everyone()
+        try:
+            self._write_checkpoint(model, trial, partial, final)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise
+            raise self._save_failed(error, partial) from error
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            rotate_checkpoints(
+                str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+            )
         self._paused_s += time.perf_counter() - started
+
+    def _write_checkpoint(self, model, trial, partial: Path, final: Path) -> None:
+        run_dir, self._run_dir = self._run_dir, str(partial.parent)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._run_dir = run_dir
+        if self.state.best_model_checkpoint == str(partial):
+            self.state.best_model_checkpoint = str(final)
+        if self.args.should_save:
+            self.state.save_to_json(str(partial / "trainer_state.json"))
+            for write in self.checkpoint_writers:
+                write(partial)
+        self.accelerator.wait_for_everyone()  # every process has written its part
+        # on each machine, where there is no common file system
+        if self.args.should_save or (self.is_local_process_zero() and partial.is_dir()):
+            seal(partial)
+            publish(partial, final)
+            shutil.rmtree(partial.parent, ignore_errors=True)
+
+    def _get_output_dir(self, trial) -> str:
+        return self._run_dir or super()._get_output_dir(trial)
+
+    def _save_failed(self, error: Exception, partial: Path) -> "SaveFailed":
+        shutil.rmtree(partial.parent, ignore_errors=True)
+        free = shutil.disk_usage(self.args.output_dir).free
+        return SaveFailed(
+            f"{partial.name} could not be saved: {error} (free in {self.args.output_dir}: {free / 2**20:,.0f} MiB); "
+            "earlier checkpoints are as they were. Make room, and go on with --resume_from_checkpoint True"
+        )
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self._new_tokens is not None:
