@@ -1,0 +1,1 @@
+"""Faults that a long run meets, in miniature."""

@@ -1,0 +1,169 @@
+"""A checkpoint is complete or not there, whatever ends the run that writes it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stagewise.checkpoint_files import MANIFEST, PARTIAL, manifest_problem, publish, seal
+from stagewise.errors import SaveFailed
+from stagewise.run.checkpoints import checkpoint_problem, find_resume_checkpoint
+from tests.stages import FULL, LORA, assert_same_weights, losses, run_sft
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = ("--max_steps", "4", "--save_steps", "2", "--do_train", "True")
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny_model_dir, sft_file, tmp_path_factory) -> Path:
+    """Four steps of SFT with checkpoints after the second and the fourth."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    run_sft(tiny_model_dir, sft_file, folder, *LORA, *STEPS)
+    return folder
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_manifest_names_every_file(run_dir):
+    checkpoint = run_dir / "checkpoint-4"
+    entries = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    assert sorted([*entries, MANIFEST]) == files(checkpoint)
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "stage.json"} <= entries.keys()
+    assert not (run_dir / PARTIAL).exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "changed", "deleted"])
+def test_damage_to_any_file_is_found_and_passed_over(damage, run_dir, tmp_path, caplog):
+    """Each file of the newest checkpoint in turn; then the one before it is taken, and the log says why."""
+    for name in files(run_dir / "checkpoint-4"):
+        folder = tmp_path / name.replace("/", "-")
+        for step in (2, 4):
+            shutil.copytree(run_dir / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+        victim = folder / "checkpoint-4" / name
+        content = victim.read_bytes()
+        if damage == "deleted":
+            if name == MANIFEST:  # then it is a checkpoint of somebody else's, which may well be whole
+                continue
+            victim.unlink()
+        elif damage == "truncated":
+            victim.write_bytes(content[: len(content) // 2])
+        else:
+            victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        if damage == "changed" and name == MANIFEST:
+            continue  # its last byte is a line end
+        caplog.clear()
+        assert find_resume_checkpoint("True", str(folder)) == str(folder / "checkpoint-2"), name
+        assert name in caplog.text
+
+
+def test_a_resume_goes_back_one_checkpoint(run_dir, tiny_model_dir, sft_file, tmp_path):
+    broken = tmp_path / "broken"
+    for step in (2, 4):
+        shutil.copytree(run_dir / f"checkpoint-{step}", broken / f"checkpoint-{step}")
+    optimizer = broken / "checkpoint-4" / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-100])
+    run_sft(tiny_model_dir, sft_file, broken, *LORA, *STEPS, "--resume_from_checkpoint", "True")
+    assert losses(broken) == losses(run_dir)
+    assert_same_weights(run_dir, broken, rtol=0, atol=0)
+    assert checkpoint_problem(broken / "checkpoint-4") is None  # written anew
+
+
+def test_sealed_and_published(tmp_path):
+    partial, final = tmp_path / "beside" / "checkpoint-1", tmp_path / "checkpoint-1"
+    (partial / "inner").mkdir(parents=True)
+    (partial / "a.bin").write_bytes(b"12345")
+    (partial / "inner" / "b.bin").write_bytes(b"")
+    seal(partial)
+    final.mkdir()
+    (final / "old.bin").write_bytes(b"of an earlier start")
+    publish(partial, final)
+    assert files(final) == ["a.bin", "inner/b.bin", MANIFEST]
+    assert manifest_problem(final) is None
+    (final / "a.bin").write_bytes(b"12346")
+    assert manifest_problem(final) == "a.bin is not what was written (its hash differs)"
+    (final / "a.bin").write_bytes(b"123")
+    assert manifest_problem(final) == "a.bin has 3 bytes, and 5 were written"
+
+
+def test_what_a_killed_save_leaves_is_in_nobodys_way(run_dir, tiny_model_dir, sft_file, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(run_dir / "checkpoint-2", folder / "checkpoint-2")
+    shutil.copytree(run_dir / "checkpoint-4", folder / PARTIAL / "checkpoint-4")
+    (folder / PARTIAL / "checkpoint-4" / MANIFEST).unlink()
+    assert find_resume_checkpoint("True", str(folder)) == str(folder / "checkpoint-2")
+    run_sft(tiny_model_dir, sft_file, folder, *LORA, *STEPS, "--resume_from_checkpoint", "True")
+    assert not (folder / PARTIAL).exists()
+    assert losses(folder) == losses(run_dir)
+
+
+def test_a_save_that_fails_stops_the_run(tiny_model_dir, sft_file, tmp_path, monkeypatch):
+    """The error of a full disk, from the writer of weights; the checkpoint before is untouched."""
+    from transformers import Trainer
+
+    save = Trainer.save_model
+
+    def full(self, output_dir=None, _internal_call=False):
+        if self.state.global_step > 2:
+            raise OSError(28, "No space left on device")
+        return save(self, output_dir, _internal_call)
+
+    monkeypatch.setattr(Trainer, "save_model", full)
+    with pytest.raises(SaveFailed, match="checkpoint-4 could not be saved: .*No space left.*--resume_from_checkpoint"):
+        run_sft(tiny_model_dir, sft_file, tmp_path / "out", *LORA, *STEPS)
+    assert checkpoint_problem(tmp_path / "out" / "checkpoint-2") is None
+    assert not (tmp_path / "out" / PARTIAL).exists()
+    assert not (tmp_path / "out" / "checkpoint-4").exists()
+
+
+UNSHARE = ["unshare", "--user", "--map-root-user", "--mount"]
+# A file system of a few MiB, a run that fills it, what is left, and the way on when there is room.
+FILL_UP = """
+set -u
+mount -t tmpfs -o size=9m none "$DISK"
+"$@" --output_dir "$DISK/out"
+echo "ended with $?"
+ls "$DISK/out"
+mount -o remount,size=100m "$DISK"
+"$@" --output_dir "$DISK/out" --resume_from_checkpoint True
+echo "resumed with $?"
+cp "$DISK"/out/*.safetensors "$DISK"/out/trainer_state.json "$KEPT"
+"""
+
+
+def can_mount() -> bool:
+    if shutil.which("unshare") is None:
+        return False
+    return subprocess.run([*UNSHARE, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not can_mount(), reason="needs a user namespace with mounts")
+def test_a_full_disk(tiny_model_dir, sft_file, tmp_path):
+    """Weights and optimizer of a checkpoint are some 4 MiB: the second or third does not fit."""
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir(), kept.mkdir()
+    command = [
+        sys.executable, "supervised_finetuning.py", "--model_name_or_path", tiny_model_dir, "--train_file_dir",
+        sft_file, "--template_name", "chatml", "--model_max_length", "128", "--per_device_train_batch_size", "4",
+        "--logging_steps", "1", "--learning_rate", "5e-3", "--report_to", "none", *FULL, *STEPS, "--max_steps", "8",
+    ]  # fmt: skip
+    env = {**os.environ, "DISK": str(disk), "KEPT": str(kept), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*UNSHARE, "bash", "-c", FILL_UP, "fill", *command],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    told = done.stdout + done.stderr
+    assert "ended with 1" in told, told[-3000:]
+    assert "could not be saved" in told
+    assert "checkpoint-2" in told
+    assert PARTIAL not in done.stdout
+    assert "resumed with 0" in told, told[-3000:]
+    whole = tmp_path / "whole"
+    run_sft(tiny_model_dir, sft_file, whole, *FULL, *STEPS, "--max_steps", "8", "--report_to", "none")
+    assert losses(kept) == losses(whole)
+    assert_same_weights(whole, kept, rtol=0, atol=0)
