@@ -151,7 +151,6 @@ def main(argv: list[str] | None = None) -> dict:
         eval_dataset=data.validation,
         reference_free=dpo_args.reference_free,
         starts_at_reference=dpo_args.ref_model_name_or_path is None,
-        min_lr=run_args.min_lr,
     )  # fmt: skip
     lifecycle.open_output_dir(args, run_args, checkpoint, arguments, data.report)
     metrics: dict = {}

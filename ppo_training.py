@@ -205,7 +205,6 @@ def main(argv: list[str] | None = None) -> dict:
         processing_class=tokenizer,
         train_dataset=data.train,
         eval_dataset=data.validation,
-        min_lr=run_args.min_lr,
     )  # fmt: skip
     trainer.add_callback(callbacks.SaveSamples(trainer.samples, ppo_args.completions_steps))
     lifecycle.open_output_dir(args, run_args, checkpoint, arguments, data.report)

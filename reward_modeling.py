@@ -113,7 +113,6 @@ def main(argv: list[str] | None = None) -> dict:
         data_collator=PairwiseCollator(tokenizer.pad_token_id, data.names),
         dataset_names=data.names,
         center_coefficient=rm_args.center_rewards_coefficient,
-        min_lr=run_args.min_lr,
     )  # fmt: skip
     lifecycle.open_output_dir(args, run_args, checkpoint, arguments, data.report)
     metrics: dict = {}

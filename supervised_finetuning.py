@@ -125,7 +125,6 @@ def main(argv: list[str] | None = None) -> dict:
         ),
         dataset_names=data.names,
         tasks=tasks,
-        min_lr=run_args.min_lr,
     )  # fmt: skip
     lifecycle.open_output_dir(args, run_args, checkpoint, arguments, data.report)
     metrics: dict = {}

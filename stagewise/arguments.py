@@ -323,6 +323,10 @@ class RunArguments:
         None, "Stop after this many evaluations in a row without a better loss."
     )
     min_lr: float | None = _option(None, "Floor of the learning rate.")
+    on_nan: Literal["stop", "skip"] = _option(
+        "stop", "What a step does whose loss or gradient is not finite: end the run, or leave the weights as they are."
+    )
+    max_loss: float | None = _option(None, "A step with a mean loss above it counts as one that is not finite.")
     logging_dir: str | None = _option(None, "TensorBoard folder; unset is output_dir/logs.", group="logging")
 
     def __post_init__(self) -> None:
@@ -330,6 +334,9 @@ class RunArguments:
         _require(stall is None or stall >= 1, "early_stopping_stall_num", stall, "1 or more")
         floor = self.min_lr
         _require(floor is None or 0 <= floor < math.inf, "min_lr", floor, "a learning rate, 0 or more")
+        _require_choices(self)
+        worst = self.max_loss
+        _require(worst is None or 0 < worst < math.inf, "max_loss", worst, "a loss, more than 0")
         if self.cost is not None:
             _require(not self.dry_run, "print_cost", self.print_cost, "a run that trains, without --dry_run True")
 
@@ -731,15 +738,22 @@ def parse_arguments(
 
 def _check_stage(arguments: Sequence[Any], prog: str) -> None:
     """Refuse what the stage or the engine cannot do; stages that train on texts say `_trains_on_texts`."""
-    upcast = any(getattr(each, "upcast_layernorm", False) for each in arguments)
-    for args in (each for each in arguments if upcast and isinstance(each, TrainingArguments)):
-        if args.deepspeed or uses_fsdp(args):
-            engine = "--deepspeed" if args.deepspeed else "--fsdp"
-            raise InputError(
-                f"--upcast_layernorm: found beside {engine}, which has one data type for all; leave it out"
-            )
+    for args in (each for each in arguments if isinstance(each, TrainingArguments)):
+        _check_engine(args, {name: value for each in arguments for name, value in vars(each).items()})
     if any(getattr(each, "_trains_on_texts", False) for each in arguments):
         return
     for flag in ("shift_attn", "trainable_params", "router_aux_loss_coef"):
         if any(getattr(each, flag, None) for each in arguments):
             raise InputError(f"--{flag}: not for {prog}; it is one of pretraining.py and supervised_finetuning.py")
+
+
+def _check_engine(args: TrainingArguments, values: dict[str, Any]) -> None:
+    """Refuse what DeepSpeed or FSDP cannot do with these settings of all groups."""
+    if values.get("upcast_layernorm") and (args.deepspeed or uses_fsdp(args)):
+        engine = "--deepspeed" if args.deepspeed else "--fsdp"
+        raise InputError(f"--upcast_layernorm: found beside {engine}, which has one data type for all; leave it out")
+    if args.deepspeed and values.get("on_nan") == "skip":
+        raise InputError(
+            "--on_nan skip: found beside --deepspeed, which changes the weights before the step can be looked at; "
+            "leave it out, and the run stops there and goes on from the checkpoint before"
+        )

@@ -6,12 +6,17 @@
 Everything reaches the disk before the rename, so that a power cut leaves either no checkpoint or a whole one.
 """
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import xxhash
+from safetensors import SafetensorError
+
+from stagewise.errors import SaveFailed
 
 MANIFEST = "manifest.json"
 PARTIAL = "checkpoint.partial"
@@ -35,6 +40,43 @@ def publish(partial: Path, final: Path) -> None:
         shutil.rmtree(final)
     partial.rename(final)
     _sync(final.parent)
+
+
+def move_into(partial: Path, folder: Path) -> None:
+    """The files of a finished folder, into one that holds others too: each is the old one or the new one, whole."""
+    for path in sorted(partial.iterdir()):
+        _sync(path)
+        path.replace(folder / path.name)
+    _sync(folder)
+    shutil.rmtree(partial)
+
+
+@contextlib.contextmanager
+def saving(what: str, output_dir: Path) -> Iterator[Path]:
+    """A folder beside to write in, gone afterwards; what a full or broken disk raises in it becomes SaveFailed."""
+    partial = output_dir / PARTIAL
+    try:
+        yield partial
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = _disk_error(error)
+        if reason is None:
+            raise
+        free = shutil.disk_usage(output_dir).free / 2**20
+        shutil.rmtree(partial, ignore_errors=True)
+        raise SaveFailed(
+            f"{what} could not be saved: {reason} ({free:,.1f} MiB were free in {output_dir}); the checkpoints before "
+            "are as they were. Make room, and go on with --resume_from_checkpoint True"
+        ) from error
+
+
+def _disk_error(error: BaseException) -> BaseException | None:
+    """What a disk made fail, if it was one. torch.save hides it: its writer, closed by the error, raises another."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__cause__ or found.__context__
+    if found is None and (isinstance(error, SafetensorError) or "inline_container" in str(error)):
+        return error
+    return found
 
 
 def manifest_problem(folder: Path) -> str | None:

@@ -122,14 +122,14 @@ def test_a_save_that_fails_stops_the_run(tiny_model_dir, sft_file, tmp_path, mon
 
 
 UNSHARE = ["unshare", "--user", "--map-root-user", "--mount"]
-# A file system of a few MiB, a run that fills it, what is left, and the way on when there is room.
+# A file system of so many bytes, a run that fills it, what is left, and the way on when there is room.
 FILL_UP = """
 set -u
-mount -t tmpfs -o size=9m none "$DISK"
+mount -t tmpfs -o size=$ROOM none "$DISK"
 "$@" --output_dir "$DISK/out"
 echo "ended with $?"
 ls "$DISK/out"
-mount -o remount,size=100m "$DISK"
+mount -o remount,size=1g "$DISK"
 "$@" --output_dir "$DISK/out" --resume_from_checkpoint True
 echo "resumed with $?"
 cp "$DISK"/out/*.safetensors "$DISK"/out/trainer_state.json "$KEPT"
@@ -142,28 +142,52 @@ def can_mount() -> bool:
     return subprocess.run([*UNSHARE, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode == 0
 
 
-@pytest.mark.skipif(not can_mount(), reason="needs a user namespace with mounts")
-def test_a_full_disk(tiny_model_dir, sft_file, tmp_path):
-    """Weights and optimizer of a checkpoint are some 4 MiB: the second or third does not fit."""
-    disk, kept = tmp_path / "disk", tmp_path / "kept"
-    disk.mkdir(), kept.mkdir()
-    command = [
-        sys.executable, "supervised_finetuning.py", "--model_name_or_path", tiny_model_dir, "--train_file_dir",
-        sft_file, "--template_name", "chatml", "--model_max_length", "128", "--per_device_train_batch_size", "4",
-        "--logging_steps", "1", "--learning_rate", "5e-3", "--report_to", "none", *FULL, *STEPS, "--max_steps", "8",
+@pytest.fixture(scope="module")
+def whole_run(tiny_model_dir, sft_file, tmp_path_factory) -> tuple[list[str], Path]:
+    """A command that saves after every second of 8 steps, without its output_dir, and what it makes with room."""
+    import supervised_finetuning
+
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    argv = [
+        "--model_name_or_path", tiny_model_dir, "--train_file_dir", sft_file, "--template_name", "chatml",
+        "--model_max_length", "128", "--per_device_train_batch_size", "4", "--logging_steps", "1", "--learning_rate",
+        "5e-3", *FULL, *STEPS, "--max_steps", "8",
     ]  # fmt: skip
-    env = {**os.environ, "DISK": str(disk), "KEPT": str(kept), "PYTHONPATH": str(ROOT)}
+    supervised_finetuning.main([*argv, "--output_dir", str(folder)])
+    return argv, folder
+
+
+@pytest.mark.skipif(not can_mount(), reason="needs a user namespace with mounts")
+@pytest.mark.parametrize(
+    ("checkpoints", "what", "last"),
+    [(2.5, "checkpoint-6", "checkpoint-4"), (4.1, "the trained model", "checkpoint-8")],
+    ids=["checkpoint", "model"],
+)
+def test_a_full_disk(checkpoints, what, last, whole_run, tmp_path):
+    """Room for so many checkpoints: the run ends where the next write fails, and goes on from the last when there is
+    room."""
+    argv, whole = whole_run
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    for folder in (disk, kept):
+        folder.mkdir()
+    of_one = sum(path.stat().st_size for path in (whole / "checkpoint-4").rglob("*") if path.is_file())
+    env = {
+        **os.environ, "DISK": str(disk), "KEPT": str(kept), "PYTHONPATH": str(ROOT),
+        "ROOM": str(round(checkpoints * of_one)),
+    }  # fmt: skip
     done = subprocess.run(
-        [*UNSHARE, "bash", "-c", FILL_UP, "fill", *command],
+        [*UNSHARE, "bash", "-c", FILL_UP, "fill", sys.executable, "supervised_finetuning.py", *argv],
         cwd=ROOT, env=env, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     told = done.stdout + done.stderr
     assert "ended with 1" in told, told[-3000:]
-    assert "could not be saved" in told
-    assert "checkpoint-2" in told
-    assert PARTIAL not in done.stdout
+    assert f"error: {what} could not be saved: " in done.stderr
+    assert "No space left" in done.stderr or "(0.0 MiB were free in" in done.stderr
+    assert "Traceback" not in done.stderr
+    left = done.stdout.split("ended with 1")[1].split("resumed with")[0]
+    assert f"\n{last}\n" in left
+    assert PARTIAL not in left
+    assert "model.safetensors" not in left
     assert "resumed with 0" in told, told[-3000:]
-    whole = tmp_path / "whole"
-    run_sft(tiny_model_dir, sft_file, whole, *FULL, *STEPS, "--max_steps", "8", "--report_to", "none")
     assert losses(kept) == losses(whole)
     assert_same_weights(whole, kept, rtol=0, atol=0)

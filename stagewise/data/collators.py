@@ -1,12 +1,14 @@
 """Rows of token ids -> one batch of tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stagewise.losses.logprobs import IGNORE_INDEX
+
+LOCATION = "location"
 
 
 class CausalLMCollator:
@@ -97,6 +99,31 @@ class PairwiseCollator:
             "input_ids": _pad(ids, self.pad_token_id),
             "attention_mask": (torch.arange(int(num_tokens.max()))[None] < num_tokens[:, None]).long(),
         }
+
+
+class WithLocations:
+    """A collator whose batches also say where their rows came from.
+
+    Batch: what `collate` makes, and location (B, L), the bytes of each row's `location` with zeros behind. Bytes,
+    because what travels between processes and devices is tensors.
+    """
+
+    def __init__(self, collate: Callable[[Sequence[dict]], dict[str, Any]]):
+        self.collate = collate
+
+    def __call__(self, rows: Sequence[dict]) -> dict[str, Any]:
+        return {**self.collate(rows), LOCATION: encode_locations([row.get(LOCATION, "") for row in rows])}
+
+
+def encode_locations(locations: Sequence[str]) -> Tensor:
+    """(B, L) uint8; read_locations is its inverse."""
+    return _pad([torch.tensor([*text.encode(), 0], dtype=torch.uint8) for text in locations], 0)
+
+
+def read_locations(encoded: Tensor) -> list[str]:
+    """The texts that encode_locations was given, but for empty ones."""
+    texts = [bytes(row).rstrip(b"\0").decode() for row in encoded.tolist()]
+    return [text for text in texts if text]
 
 
 def _borders(position_ids: Tensor) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def load_conversations(
     def encode(record: dict) -> list[dict]:
         (row,) = encode_or_drop([Conversation.from_json(record["record"])], renderer, tokenizer, encoding)
         if not row.dropped:
-            return [{"input_ids": row.input_ids, "labels": row.labels, "dataset": record["dataset"]}]
+            return [{"input_ids": row.input_ids, "labels": row.labels, **_origin(record)}]
         if args.on_bad_row == "skip" or (encoding.on_too_long == "drop" and TOO_LONG in row.dropped):
             return []
         raise InputError(f"{record['location']}: {row.dropped}; mend the row, or pass --on_bad_row skip")
@@ -212,10 +212,7 @@ def load_documents(
     def encode(record: dict) -> list[dict]:
         ids = encode_documents([Document.from_json(record["record"]).text], tokenizer)[0]
         cuts = range(0, len(ids), len(ids) if pack else block_size)
-        return [
-            {"input_ids": ids[cut : cut + block_size if not pack else None], "dataset": record["dataset"]}
-            for cut in cuts
-        ]
+        return [{"input_ids": ids[cut : cut + block_size if not pack else None], **_origin(record)} for cut in cuts]
 
     if args.streaming:
         return _stream(
@@ -226,6 +223,10 @@ def load_documents(
     if validation is not None:
         validation, _ = prepare(validation, report["validation"])
     return _stage_data(train, validation, report, nothing)
+
+
+def _origin(record: dict) -> dict[str, str]:
+    return {name: record[name] for name in ("dataset", "location")}
 
 
 def _stream(

@@ -28,14 +28,15 @@ def pack_blocks(
 
     No token is lost: a document that does not fit goes on in the next block, and the last block of each 10,000
     documents is left short. Columns: input_ids, seq_lengths (the pieces of documents in the block, in order),
-    dataset.
+    dataset, location (of the first document, and of the last).
     """
 
     def pack_batch(batch: dict) -> dict:
         blocks: list[list[int]] = [[]]
         pieces: list[list[int]] = [[]]
         names: list[str] = []
-        for ids, name in zip(batch["input_ids"], batch["dataset"], strict=True):
+        locations: list[list[str]] = []
+        for ids, name, location in zip(batch["input_ids"], batch["dataset"], batch["location"], strict=True):
             start = 0
             while start < len(ids):
                 if len(blocks[-1]) == block_size or (blocks[-1] and names[-1] != name):
@@ -43,6 +44,8 @@ def pack_blocks(
                     pieces.append([])
                 if not blocks[-1]:
                     names.append(name)
+                    locations.append([])
+                locations[-1][1:] = [location]
                 piece = ids[start : start + block_size - len(blocks[-1])]
                 blocks[-1] += piece
                 pieces[-1].append(len(piece))
@@ -52,6 +55,7 @@ def pack_blocks(
             "input_ids": [blocks[i] for i in full],
             "seq_lengths": [pieces[i] for i in full],
             "dataset": names,
+            "location": [" to ".join(dict.fromkeys(found)) for found in locations],
         }
 
     return _map_documents(dataset, pack_batch, "pack", block_size, num_proc, load_from_cache)
@@ -64,11 +68,11 @@ def split_documents(
 
     def split_batch(batch: dict) -> dict:
         rows = [
-            (ids[start : start + block_size], name)
-            for ids, name in zip(batch["input_ids"], batch["dataset"], strict=True)
+            {"input_ids": ids[start : start + block_size], "dataset": name, "location": location}
+            for ids, name, location in zip(batch["input_ids"], batch["dataset"], batch["location"], strict=True)
             for start in range(0, len(ids), block_size)
         ]
-        return {"input_ids": [ids for ids, _ in rows], "dataset": [name for _, name in rows]}
+        return {name: [row[name] for row in rows] for name in ("input_ids", "dataset", "location")}
 
     return _map_documents(dataset, split_batch, "split", block_size, num_proc, load_from_cache)
 
@@ -176,7 +180,7 @@ class PackedDataset(torch.utils.data.Dataset):
     first label of each document is IGNORE_INDEX: no token is predicted from another document's last one.
 
     Item: input_ids, labels (lists of equal length), seq_lengths, dataset (the first document's; a row holds documents
-    of one data set only).
+    of one data set only), location (of all of them).
     """
 
     def __init__(self, dataset: Dataset, max_length: int, strategy: str = "best_fit"):
@@ -197,4 +201,5 @@ class PackedDataset(torch.utils.data.Dataset):
             "labels": [label for row in labels for label in row],
             "seq_lengths": [len(row) for row in rows["input_ids"]],
             "dataset": rows["dataset"][0],
+            "location": " + ".join(rows["location"]),
         }

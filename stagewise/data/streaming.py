@@ -59,7 +59,7 @@ class RowStream(torch.utils.data.IterableDataset):
 
     def _rows(self, start: dict | None) -> Iterator[tuple[dict, dict]]:
         """Each row with the state to resume after it: the stream before its record, and how many rows to skip."""
-        carry = start["carry"] if start else {"input_ids": [], "seq_lengths": [], "dataset": ""}
+        carry = start["carry"] if start else {"input_ids": [], "seq_lengths": [], "dataset": "", "location": ""}
         skip = start["skip"] if start else 0
         if start:
             self.records.load_state_dict(start["records"])
@@ -94,6 +94,7 @@ class RowStream(torch.utils.data.IterableDataset):
             carry["input_ids"] += piece
             carry["seq_lengths"].append(len(piece))
             carry["dataset"] = row["dataset"]
+            carry["location"] = carry["location"] or row["location"]  # where the block begins
             start += len(piece)
             if len(carry["input_ids"]) == self.block_size:
                 yield _block(carry)
@@ -105,4 +106,4 @@ def _block(carry: dict) -> dict:
 
 
 def _empty(carry: dict) -> None:
-    carry.update(input_ids=[], seq_lengths=[])
+    carry.update(input_ids=[], seq_lengths=[], location="")

@@ -23,7 +23,7 @@ from stagewise.losses.logprobs import IGNORE_INDEX
 from template import Rendered, Template, TemplateError
 
 # Part of every cache key: raise it when the ids or labels of the same input change.
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 TOO_LONG = "more than max_length"
 
 Messages = list[dict]

@@ -105,13 +105,13 @@ def last_good_checkpoint(output_dir: str, until: int) -> str | None:
     return None
 
 
-def check_saved(output_dir: str) -> None:
+def check_saved(output_dir: Path) -> None:
     """Make sure that a model was written: sharding engines save nothing, or empty tensors, without an error.
 
     Raises:
         RuntimeError: with what is missing.
     """
-    files = sorted(Path(output_dir).glob("*.safetensors"))
+    files = sorted(output_dir.glob("*.safetensors"))
     if not files:
         raise RuntimeError(f"{output_dir}: no weights were written")
     for path in files:

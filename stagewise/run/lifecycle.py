@@ -16,6 +16,7 @@ import torch
 import yaml
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState, set_seed
 
+from stagewise.checkpoint_files import move_into, saving
 from stagewise.distributed import decide_on_first
 from stagewise.errors import InputError, TrainingDiverged
 from stagewise.modeling.attention import check_kernel
@@ -183,7 +184,8 @@ def build_trainer(trainer_class: type[Trainer], args, run_args, **kwargs) -> Tra
     callbacks = [LogLine(), SaveOnSignal()]
     if run_args.early_stopping_stall_num:
         callbacks.append(_early_stopping(args, run_args.early_stopping_stall_num))
-    trainer = trainer_class(args=args, callbacks=callbacks, **kwargs)
+    steps = {"min_lr": run_args.min_lr, "on_nan": run_args.on_nan, "max_loss": run_args.max_loss}
+    trainer = trainer_class(args=args, callbacks=callbacks, **steps, **kwargs)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.checkpoint_writers.append(stream_position_writer(trainer))
@@ -249,16 +251,18 @@ def train_and_save(
         raise SystemExit(128 + stopper.received)
     if trainer.is_fsdp_enabled:  # checkpoints may be in shards; the result is a whole model
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model()
-    if trainer.args.should_save:
-        check_saved(trainer.args.output_dir)
-    trainer.save_state()
     metrics["peak_memory_gib"] = round(peak_memory_gib(), 3)
     if memory is not None:
         metrics["estimated_memory_gib"] = memory.gib
-    trainer.save_metrics("train", metrics)
-    if trainer.args.should_save:
-        lineage.write_stage(trainer.args.output_dir, **stage_fields)
+    output = Path(trainer.args.output_dir)
+    with saving("the trained model", output) as partial:
+        trainer.save_model(str(partial))
+        if trainer.args.should_save:
+            check_saved(partial)
+            lineage.write_stage(partial, **stage_fields)
+            move_into(partial, output)
+        trainer.save_state()
+        trainer.save_metrics("train", metrics)
     return metrics
 
 

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import GenerationConfig, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
 
+from stagewise.data.collators import LOCATION, encode_locations
 from stagewise.distributed import uses_fsdp, zero_stage
 from stagewise.errors import InputError, TrainingDiverged
 from stagewise.losses import policy_gradient as pg
@@ -119,6 +120,7 @@ class PPOTrainer(StageTrainerMixin, Trainer):
         self.kl_coef = settings.kl_coef
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of the whole mini-batch
         self.rollouts: Rollouts | None = None
+        self._locations: list[str] = []  # of the rollouts' prompts
         self._own_step: list[dict] = []  # the micro-batches of the Trainer's own optimizer step
         self._figures: dict[str, list[float]] = {}  # of the iterations since the last log
         self._updates = torch.zeros(len(UPDATE_FIGURES), device=self.args.device)
@@ -233,9 +235,9 @@ class PPOTrainer(StageTrainerMixin, Trainer):
         """Rollouts, and all updates but the last, whose micro-batches are left for the Trainer's own step."""
         self.start_clock()
         iteration, settings = self.state.global_step, self.settings
-        rollouts, times = self._collect(
-            self.train_dataset, self._prompt_rows(iteration), SAMPLING, iteration, self.rollout_batch_size, True
-        )
+        rows = self._prompt_rows(iteration)
+        rollouts, times = self._collect(self.train_dataset, rows, SAMPLING, iteration, self.rollout_batch_size, True)
+        self._locations = [self.train_dataset[row][LOCATION] for row in rows]
         objective = self._objective(rollouts)
         self._stop_if_diverged(objective)
         experience = self.experience(rollouts)
@@ -309,6 +311,7 @@ class PPOTrainer(StageTrainerMixin, Trainer):
             "mask": batch.mask[:, :width],
             **{name: column[rows][:, :width] for name, column in columns.items()},
             "count": count,
+            LOCATION: encode_locations([self._locations[row] for row in rows]),
         }
 
     def _update(self, micro_batches: list[dict]) -> None:
@@ -320,8 +323,8 @@ class PPOTrainer(StageTrainerMixin, Trainer):
             gradients._set_sync_gradients(last)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model_wrapped):
                 self.training_step(self.model_wrapped, micro_batch, 1)
-        if self.args.max_grad_norm > 0:
-            self.accelerator.clip_grad_norm_(self.model_wrapped.parameters(), self.args.max_grad_norm)
+        grad_norm = self._clip_grad_norm(self.model_wrapped) if self.args.max_grad_norm > 0 else None
+        self._get_grad_norm(self.model_wrapped, grad_norm)
         self.optimizer.step()
         self.model_wrapped.zero_grad()
         gradients._set_sync_gradients(own_sync)
@@ -341,9 +344,6 @@ class PPOTrainer(StageTrainerMixin, Trainer):
             values, inputs["values"], inputs["returns"], mask, settings.cliprange_value, count
         )
         loss = policy + settings.vf_coef * value
-        if not torch.isfinite(loss):
-            step = self.state.global_step
-            raise TrainingDiverged(f"the loss is {loss.item()} in step {step + 1}", step)
         self._updates += torch.stack(
             [
                 policy.detach(), value.detach(), policy_figures.approx_kl, policy_figures.clipfrac,
@@ -401,6 +401,12 @@ class PPOTrainer(StageTrainerMixin, Trainer):
             self._figures = {}
             logs["episodes"] = self.state.global_step * self.episodes_per_step
         super().log(logs, start_time)
+
+    def _leave_out_skipped(self, logs: dict[str, float]) -> None:
+        """The figures are means over iterations whose updates were all good; an iteration has several updates."""
+        _, skipped = self.step_guard.count()
+        if skipped:
+            logs["skipped_updates"] = skipped
 
     # ---- evaluation
 

@@ -1,5 +1,6 @@
 """What the Trainer of every stage does: throughput in the log, a floor of the learning rate, noise on embeddings."""
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -7,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from stagewise.checkpoint_files import PARTIAL, publish, seal
-from stagewise.errors import InputError, SaveFailed
+from stagewise.checkpoint_files import PARTIAL, publish, saving, seal
+from stagewise.data.collators import LOCATION, WithLocations
+from stagewise.errors import InputError
 from stagewise.modeling.neftune import embedding_noise
+from stagewise.trainers.step_guard import StepGuard
 
 # What collators add beside the model's inputs.
 NUM_TOKENS = "num_tokens"  # real tokens of each row, padding not counted
@@ -34,17 +36,24 @@ class StageTrainerMixin(_Base):
 
     Args:
         min_lr: the learning rate never falls below it: lr = max(schedule, min_lr).
+        on_nan, max_loss: see StepGuard.
     """
 
-    def __init__(self, *args, min_lr: float | None = None, **kwargs):
-        kwargs["args"].remove_unused_columns = False  # the collator picks what the model gets
+    def __init__(
+        self, *args, min_lr: float | None = None, on_nan: str = "stop", max_loss: float | None = None, **kwargs
+    ):
+        arguments = kwargs["args"]
+        arguments.remove_unused_columns = False  # the collator picks what the model gets
+        arguments.logging_nan_inf_filter = False  # it would hide a loss, and wait for the device in every micro-batch
         super().__init__(*args, **kwargs)
+        self.step_guard = StepGuard(on_nan, max_loss, gradients_may_overflow=self.args.fp16)
         self.neftune_noise_alpha = None  # the noise is ours, see train
         self.min_lr = min_lr
         # called with the folder of a checkpoint while it is written, on the process that saves
         self.checkpoint_writers: list[Callable[[Path], object]] = []
         self._run_dir: str | None = None  # where a checkpoint is being written
         self._new_tokens: Tensor | None = None  # since the last log; on the device
+        self._loss_before: Tensor | None = None  # the Trainer's sum of losses before the step in hand
         self._clock = time.perf_counter()
         self._paused_s = 0.0
 
@@ -87,16 +96,11 @@ class StageTrainerMixin(_Base):
         started = time.perf_counter()
         run_dir = Path(self.args.output_dir)
         final = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        partial = run_dir / PARTIAL / final.name
         if self.args.should_save:
-            shutil.rmtree(partial.parent, ignore_errors=True)  # of a run that was killed while it saved
+            shutil.rmtree(run_dir / PARTIAL, ignore_errors=True)  # of a run that was killed while it saved
         self.accelerator.wait_for_everyone()
-        try:
-            self._write_checkpoint(model, trial, partial, final)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-                raise
-            raise self._save_failed(error, partial) from error
+        with saving(final.name, run_dir) as partial:
+            self._write_checkpoint(model, trial, partial / final.name, final)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             rotate_checkpoints(
@@ -126,18 +130,19 @@ class StageTrainerMixin(_Base):
     def _get_output_dir(self, trial) -> str:
         return self._run_dir or super()._get_output_dir(trial)
 
-    def _save_failed(self, error: Exception, partial: Path) -> "SaveFailed":
-        shutil.rmtree(partial.parent, ignore_errors=True)
-        free = shutil.disk_usage(self.args.output_dir).free
-        return SaveFailed(
-            f"{partial.name} could not be saved: {error} (free in {self.args.output_dir}: {free / 2**20:,.0f} MiB); "
-            "earlier checkpoints are as they were. Make room, and go on with --resume_from_checkpoint True"
-        )
-
     def log(self, logs, start_time=None):
         if "loss" in logs and self._new_tokens is not None:
             logs |= self._throughput(self._new_tokens)
+        if "loss" in logs:
+            self._leave_out_skipped(logs)
         super().log(logs, start_time)
+
+    def _leave_out_skipped(self, logs: dict[str, float]) -> None:
+        """The mean loss of the steps since the last log is that of those that were taken."""
+        taken, skipped = self.step_guard.count()
+        if skipped:
+            logs["loss"] *= (taken + skipped) / taken if taken else math.nan
+            logs["skipped_steps"] = skipped
 
     def _throughput(self, new_tokens: Tensor) -> dict[str, float]:
         tokens = int(self.accelerator.gather(new_tokens.reshape(1)).sum())
@@ -157,9 +162,32 @@ class StageTrainerMixin(_Base):
             if self.state.global_step == self._initial_global_step:
                 self._clock, self._paused_s = time.perf_counter(), 0.0
 
-    def training_step(self, *args, **kwargs):
+    def get_train_dataloader(self):
+        collate = self.data_collator  # type: ignore[has-type]
+        self.data_collator = WithLocations(collate)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collate
+
+    def training_step(self, model, inputs, *args, **kwargs):
         self.start_clock()
-        return super().training_step(*args, **kwargs)
+        if not self.step_guard.in_step:
+            self._loss_before = self._tr_loss.clone()
+        locations = inputs.pop(LOCATION, None)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.step_guard.add(loss, locations)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The Trainer's, which it asks for between the gradients and the optimizer's step; a bad step loses its
+        gradients here, and an optimizer leaves weights without a gradient, and what it knows of them, as they are.
+        """
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if self.step_guard.is_bad(grad_norm, self.accelerator, self.state.global_step):
+            model.zero_grad()
+            self._tr_loss.copy_(self._loss_before)
+        return grad_norm
 
 
 def _with_floor(schedule, floor: float):

@@ -1,9 +1,10 @@
-"""Runs of one stage that are killed at random, and gone on with: python tests/faults/kill_at_random.py job.json
+"""A run of one stage that is killed at random and gone on with: python tests/faults/kill_at_random.py job.json
 
-job.json: {"script": name of a stage's module, "argv": its flags without output_dir, "folder": where to work, "kills": 20,
-"seed": 0}. Prints JSON: where the kills fell, and in which folders the undisturbed and the killed run ended.
+job.json: {"script": name of a stage's module, "argv": its flags without output_dir, "folder": where to work,
+"kills": 20, "seed": 0}. Trains into folder/whole without a disturbance and into folder/killed with them, and prints
+JSON: what was in folder/killed at each kill, and how many seconds the undisturbed run took.
 
-Each start is a fork of this process, which has loaded the libraries and computed nothing, so that a start takes a second.
+Each start is a fork of this process, which has loaded the libraries and computed nothing: it takes a second, not ten.
 """
 
 import importlib
