@@ -1,8 +1,9 @@
-"""Tiny tokenizers and models, built in memory once per session; two threads at most for each process."""
+"""Tiny tokenizers and models, built in memory once per session; as many threads as there is a core for."""
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# where pytest-xdist runs several files at once each has a core to itself
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
@@ -12,6 +13,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# The longest files begin first, or one of them would run on alone when the others are done.
+LONGEST = (
+    "test_shell.py", "test_launchers.py", "test_kills.py", "test_distributed.py", "test_multitask_training.py",
+    "test_ppo.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -730,7 +730,7 @@ def door_loss(folder: Path, length: int) -> float:
 @pytest.fixture(scope="module")
 def short_sighted(needle) -> Path:
     """Trained from random weights on rows of 250 tokens, within its 256 positions."""
-    learn(needle, needle / "trained", "--config_name", str(needle), "--max_steps", "200", "--learning_rate", "5e-3")
+    learn(needle, needle / "trained", "--config_name", str(needle), "--max_steps", "300", "--learning_rate", "5e-3")
     assert door_loss(needle / "trained", 250) < 0.3
     return needle / "trained"
 
@@ -741,7 +741,7 @@ def learn(needle: Path, output_dir: Path, *flags: str) -> Path:
     supervised_finetuning.main(
         ["--train_file_dir", str(needle / "rows.jsonl"), "--tokenizer_name_or_path", str(needle), "--template_name",
          "chatml", "--output_dir", str(output_dir), "--use_peft", "False", "--per_device_train_batch_size", "8",
-         "--lr_scheduler_type", "constant", "--do_train", "True", "--save_strategy", "no", "--report_to", "none",
+         "--lr_scheduler_type", "cosine", "--do_train", "True", "--save_strategy", "no", "--report_to", "none",
          "--audit_rows", "0", *flags]
     )  # fmt: skip
     return output_dir
