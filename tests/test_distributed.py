@@ -7,12 +7,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from stagewise.errors import InputError
+from stagewise.run.lineage import check_layout
 from tests.stages import losses, weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,6 +133,12 @@ def train_group(name: str, command, ppo_command, folder: Path) -> Path:
             job(case, f"{case}-begun", "--save_strategy", "steps", "--save_steps", "2"),
             job(case, f"{case}-resumed", "--resume_from_checkpoint", str(folder / f"{case}-begun" / "checkpoint-2")),
         ]
+    if name == "ddp":  # begun by one process
+        import supervised_finetuning
+
+        begun, saved = folder / "alone", ("--save_strategy", "steps", "--save_steps", "2")
+        supervised_finetuning.main(command("sft-full", begun, 4, *saved))
+        jobs.append(job("sft-full", "joined", "--resume_from_checkpoint", str(begun / "checkpoint-2")))
     if name in ("ddp", "zero2"):
         jobs.append({"script": "ppo_training", "argv": ppo_command(folder / "ppo", *engine)})
     if name.startswith("zero"):
@@ -138,7 +147,7 @@ def train_group(name: str, command, ppo_command, folder: Path) -> Path:
     env = {"FSDP_ON_CPU": "1"} if name == "fsdp" else {}
     done = check(torchrun("tests/run_in_group.py", str(folder / "jobs.json"), env=env))
     found = re.findall(r"engine of (\w+): (.*)", done.stdout)
-    assert found.count(("supervised_finetuning", USED[name])) == 2 * (2 + 2 * len(RESUMED) + name.startswith("zero"))
+    assert found.count(("supervised_finetuning", USED[name])) == 2 * (2 + 2 * len(RESUMED) + (name != "fsdp"))
     assert {engine for _, engine in found} == {USED[name]}
     return folder
 
@@ -196,6 +205,39 @@ def test_a_resumed_run_is_an_uninterrupted_one(case, two_processes):
     assert whole == resumed
     first, second = weights(two_processes / f"{case}-begun"), weights(two_processes / f"{case}-resumed")
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_gone_on_with_by_another_number_of_processes(group, one_process, command, tmp_path, capfd):
+    """Without dropout the same steps up to rounding, and the log says what is not the same."""
+    import supervised_finetuning
+
+    left = tmp_path / "left"
+    checkpoint = group("ddp") / "sft-full-begun" / "checkpoint-2"
+    supervised_finetuning.main(command("sft-full", left, 4, "--resume_from_checkpoint", str(checkpoint)))
+    assert "begun by 2 processes, gone on by 1" in capfd.readouterr().out
+    for run in (left, group("ddp") / "joined"):
+        assert losses(run) == pytest.approx(losses(one_process / "sft-full"), rel=1e-4)
+        for name, tensor in weights(one_process / "sft-full").items():
+            torch.testing.assert_close(weights(run)[name], tensor, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("engine", "rows", "deepspeed", "refused"),
+    [
+        ("zero2", 4, "zero2.json", "DeepSpeed cut it for 2 processes, and there are 1"),
+        ("zero2", 4, None, "was written by zero2, and plain cannot read its optimizer"),
+        ("ddp", 4, "zero2.json", "was written by plain, and zero2 cannot read its optimizer"),
+        ("ddp", 2, None, "took 4 rows each, and these would take 2 .*; pass --gradient_accumulation_steps 2"),
+        ("ddp", 3, None, "took 4 rows each, and these would take 3 .*; pass 4 rows a step again"),
+    ],
+)
+def test_what_is_not_gone_on_with(engine, rows, deepspeed, refused, group):
+    checkpoint = str(group(engine) / "sft-full-begun" / "checkpoint-2")
+    args = SimpleNamespace(
+        per_device_train_batch_size=rows, gradient_accumulation_steps=1, world_size=1, deepspeed=deepspeed, fsdp=False
+    )
+    with pytest.raises(InputError, match=refused):
+        check_layout(checkpoint, args)
 
 
 def test_ppo_under_zero2_is_ppo_under_ddp(group):

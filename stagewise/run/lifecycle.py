@@ -64,7 +64,8 @@ def start_run(args, run_args) -> str | None:
 
     Raises:
         InputError: output_dir is in use and neither --resume_from_checkpoint nor --overwrite_output_dir is given; the
-            checkpoint is not whole; output_dir cannot be written; several GPUs are visible to one plain process.
+            checkpoint is not whole, or of steps of another size or engine; output_dir cannot be written; several GPUs
+            are visible to one plain process.
     """
     setup_logging()
     set_seed(args.seed)
@@ -75,7 +76,9 @@ def start_run(args, run_args) -> str | None:
             "or set CUDA_VISIBLE_DEVICES to one of them"
         )
     os.environ["TENSORBOARD_LOGGING_DIR"] = run_args.logging_dir or str(Path(args.output_dir) / "logs")
-    return decide_on_first(lambda: _settle_output_dir(args, run_args))
+    checkpoint = decide_on_first(lambda: _settle_output_dir(args, run_args))
+    lineage.check_layout(checkpoint, args)
+    return checkpoint
 
 
 def _settle_output_dir(args, run_args) -> str | None:
@@ -227,7 +230,7 @@ def train_and_save(
         SystemExit: 130 or 143, when a signal ended training; a checkpoint has been written then.
         TrainingDiverged: nothing is saved then; the message names the last checkpoint that is sound.
     """
-    stage_fields["rope"] = rope_setting(trainer.model.config)
+    stage_fields |= {"rope": rope_setting(trainer.model.config), "layout": lineage.layout_of(trainer.args)}
     trainer.checkpoint_writers.append(lambda folder: lineage.write_stage(folder, **stage_fields))
     if checkpoint is not None and checkpoint_step(checkpoint) >= total_steps(trainer):
         logger.info("%s is at the end of the run: nothing left to train", checkpoint)

@@ -2,17 +2,21 @@
 
 import hashlib
 import json
+import logging
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
+from stagewise.distributed import uses_fsdp, zero_stage
 from stagewise.errors import InputError
 from stagewise.modeling.loading import is_reward_model
 from stagewise.modeling.reward import same_base
 from stagewise.modeling.rope_scaling import STAGE_FILE as FILE
 from stagewise.modeling.rope_scaling import describe, rope_setting, saved_setting
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "deepspeed", "bitsandbytes")
 
@@ -68,6 +72,51 @@ def check_resumed(checkpoint: str | None, config: PretrainedConfig) -> None:
         )
 
 
+def layout_of(args) -> dict[str, str | int]:
+    """What a step is made of: engine ("plain", "zero2", "fsdp"), processes, rows_per_step of all of them."""
+    engine = "fsdp" if uses_fsdp(args) else f"zero{zero_stage(args)}" if args.deepspeed else "plain"
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return {"engine": engine, "processes": args.world_size, "rows_per_step": rows}
+
+
+def check_layout(checkpoint: str | None, args) -> None:
+    """Refuse to go on with steps of another size or under another engine; say where going on is not exact.
+
+    Raises:
+        InputError: a step of the checkpoint's run took other rows, or its optimizer cannot be read here.
+    """
+    then = (read_stage(checkpoint) or {}).get("layout") if checkpoint else None
+    if then is None:
+        return
+    now, flag = layout_of(args), f"--resume_from_checkpoint {checkpoint}"
+    rows, small = then["rows_per_step"], args.per_device_train_batch_size * args.world_size
+    if rows != now["rows_per_step"]:
+        remedy = f"--gradient_accumulation_steps {rows // small}" if rows % small == 0 else f"{rows} rows a step again"
+        raise InputError(
+            f"{flag}: its steps took {rows} rows each, and these would take {now['rows_per_step']} "
+            "(--per_device_train_batch_size x --gradient_accumulation_steps x processes), so that rows were trained "
+            f"twice or never; pass {remedy}"
+        )
+    if then["engine"] != now["engine"]:
+        raise InputError(
+            f"{flag}: was written by {then['engine']}, and {now['engine']} cannot read its optimizer; go on with the "
+            "engine it was begun with"
+        )
+    if then["processes"] == now["processes"]:
+        return
+    if args.deepspeed:
+        raise InputError(
+            f"{flag}: DeepSpeed cut it for {then['processes']} processes, and there are {now['processes']}; start as "
+            "many as before"
+        )
+    if args.should_log:
+        logger.warning(
+            "begun by %d processes, gone on by %d: each step takes the rows it would have taken, but what is drawn at "
+            "random (dropout, noise, answers) and the last digits of sums will not be the same",
+            then["processes"], now["processes"],
+        )  # fmt: skip
+
+
 def check_reward_model(path: str | None, template: str | None, config: PretrainedConfig) -> None:
     """Refuse a reward model that was trained on another chat template than the one the policy writes, or, as an
     adapter on the policy's own base, with another RoPE scaling.
@@ -99,7 +148,8 @@ def write_stage(folder: str | Path, **fields: object) -> dict:
 
     Fields of a training run: stage, base_model, parent (the base model's own stage.json or None), template, head
     ("causal_lm", "sequence_classification"), adapter (bool), dtype, quantization (of the base, or None: see
-    stagewise.modeling.quantization), data_fingerprint, rope (rope_setting of the model's configuration).
+    stagewise.modeling.quantization), data_fingerprint, rope (rope_setting of the model's configuration), layout (see
+    layout_of).
     """
     stage = {
         **fields,
