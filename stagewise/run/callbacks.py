@@ -18,7 +18,7 @@ SHOWN_CHARS, SHOWN_WIDTH = 200, 120
 
 
 class SaveOnSignal(TrainerCallback):
-    """The first SIGTERM or SIGINT saves a checkpoint after the step in hand and ends training; a second one kills.
+    """The first SIGTERM or SIGINT saves a checkpoint after the step in hand and ends training; a second kills.
 
     `received` is the signal's number, or None. Every process of a group gets the signal from its launcher, and stops
     at the same step because the flag is agreed on before each decision.
@@ -34,7 +34,8 @@ class SaveOnSignal(TrainerCallback):
 
     def _handle(self, number, frame):
         self.received = number
-        signal.signal(number, signal.SIG_DFL)
+        for each in self.previous:
+            signal.signal(each, signal.SIG_DFL)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._any_process_stopped(args):
