@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import re
 import sys
 import traceback
@@ -26,6 +27,7 @@ def run_script(main: Callable[[], object]) -> None:
     A failure of any other kind keeps its traceback (exit code 1), and where memory ran out advice follows it; 130 and
     143 are raised where the signal was handled.
     """
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # huggingface_hub and trl report their use otherwise
     _quiet_libraries()
     try:
         main()

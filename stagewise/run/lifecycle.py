@@ -182,6 +182,7 @@ def report_dry_run(args, data_report: dict, train_dataset, memory: MemoryPlan | 
 def build_trainer(trainer_class: type[Trainer], args, run_args, **kwargs) -> Trainer:
     """The Trainer with our log line, the signal handler, and early stopping where it is asked for."""
     check_kernel(kwargs["model"], args.bf16 or args.fp16)
+    _hide_token(args)
     if (args.save_total_limit or 0) > 1 and args.eval_strategy != "no":
         _look_for_best(args)  # a checkpoint that is known to be the best is not deleted
     callbacks = [LogLine(), SaveOnSignal()]
@@ -193,6 +194,14 @@ def build_trainer(trainer_class: type[Trainer], args, run_args, **kwargs) -> Tra
     trainer.remove_callback(ProgressCallback)
     trainer.checkpoint_writers.append(stream_position_writer(trainer))
     return trainer
+
+
+def _hide_token(args) -> None:
+    """--hub_token into the environment, where huggingface_hub looks: the Trainer pickles its arguments beside the
+    weights, and pushes both.
+    """
+    if args.hub_token is not None:
+        os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
 
 
 def _early_stopping(args, stalls: int):
