@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -191,3 +192,36 @@ def test_a_full_disk(checkpoints, what, last, whole_run, tmp_path):
     assert "resumed with 0" in told, told[-3000:]
     assert losses(kept) == losses(whole)
     assert_same_weights(whole, kept, rtol=0, atol=0)
+
+
+def test_uploads_are_of_finished_folders(tiny_model_dir, sft_file, tmp_path, monkeypatch):
+    """--push_to_hub with a hub that notes what it is given: whole checkpoints, and the model with its card."""
+    uploads = []
+
+    class Done:
+        @staticmethod
+        def done() -> bool:
+            return True
+
+        exception = result = done
+
+    class Hub:
+        @staticmethod
+        def create_repo(repo_id, **kwargs):
+            return SimpleNamespace(repo_id=repo_id, url=f"hub/{repo_id}")
+
+        @staticmethod
+        def upload_folder(folder_path, ignore_patterns=(), **kwargs):
+            uploads.append((Path(folder_path).name, files(Path(folder_path))))
+            return Done()
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    flags = ("--push_to_hub", "True", "--hub_model_id", "me/model", "--hub_strategy", "all_checkpoints")
+    run_sft(tiny_model_dir, sft_file, tmp_path / "out", *LORA, *STEPS, *flags)
+    names = [name for name, _ in uploads]
+    assert names == ["out", "checkpoint-2", "out", "checkpoint-4", "out"]
+    assert all(MANIFEST in found for name, found in uploads if name != "out")
+    assert "adapter_model.safetensors" in uploads[-1][1]
+    assert "# out" in (tmp_path / "out" / "README.md").read_text()
+    assert "README.md" in uploads[-1][1]

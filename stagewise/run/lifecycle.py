@@ -268,7 +268,7 @@ def train_and_save(
         metrics["estimated_memory_gib"] = memory.gib
     output = Path(trainer.args.output_dir)
     with saving("the trained model", output) as partial:
-        trainer.save_model(str(partial))
+        trainer.save_model(str(partial), _internal_call=True)  # which does not push: report_run does
         if trainer.args.should_save:
             check_saved(partial)
             lineage.write_stage(partial, **stage_fields)
@@ -309,7 +309,7 @@ def report_curves(trainer: Trainer, run_args, curves: Mapping[str, Sequence[str]
 
 
 def report_run(trainer: Trainer, run_args, arguments: Sequence[object], data_report: dict, metrics: dict) -> None:
-    """Plots and model card, on the main process."""
+    """Plots, model card and, with --push_to_hub, the upload of it all; on the main process."""
     if not trainer.args.should_save:
         return
     if run_args.cost:
@@ -321,7 +321,23 @@ def report_run(trainer: Trainer, run_args, arguments: Sequence[object], data_rep
     if run_args.plot_loss:
         plot_loss(trainer.state.log_history, output / "training_loss.png", f"{stage.get('stage', '')}: {output.name}")
     (output / "README.md").write_text(model_card(stage, arguments, data_report, metrics), encoding="utf-8")
+    if trainer.args.push_to_hub:
+        _push(trainer)
     logger.info("done: %s", output)
+
+
+def _push(trainer: Trainer) -> None:
+    """Upload what lies in output_dir, with our model card and without checkpoints, which are uploaded before."""
+    from huggingface_hub import HfApi
+
+    trainer._finish_current_push()
+    HfApi().upload_folder(
+        repo_id=trainer.hub_model_id,
+        folder_path=trainer.args.output_dir,
+        commit_message="Trained",
+        ignore_patterns=["_*", "checkpoint*"],
+        revision=trainer.args.hub_revision,
+    )
 
 
 def model_card(stage: dict, arguments: Sequence[object], data_report: dict, metrics: dict) -> str:

@@ -126,6 +126,13 @@ class StageTrainerMixin(_Base):
             seal(partial)
             publish(partial, final)
             shutil.rmtree(partial.parent, ignore_errors=True)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """An upload runs on beside the training: it is begun when the folder has got its name."""
+        if self._run_dir is None:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _get_output_dir(self, trial) -> str:
         return self._run_dir or super()._get_output_dir(trial)
