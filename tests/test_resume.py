@@ -12,16 +12,20 @@ STEPS = ("--max_steps", "8", "--eval_strategy", "steps", "--eval_steps", "4")
 
 @pytest.mark.parametrize("packing", ["True", "False"])
 @pytest.mark.parametrize("mode", [LORA, FULL], ids=["lora", "full"])
-@pytest.mark.parametrize("stage", ["pt", "sft"])
-def test_resume_equals_no_interruption(stage, mode, packing, tiny_model_dir, text_file, sft_file, tmp_path):
-    run, data = (run_pt, text_file) if stage == "pt" else (run_sft, sft_file)
+@pytest.mark.parametrize("data", ["pt", "sft", "mixed"])
+def test_resume_equals_no_interruption(data, mode, packing, tiny_model_dir, text_file, sft_file, tmp_path):
+    run, source = (run_pt, text_file) if data == "pt" else (run_sft, sft_file)
     flags = (*mode, *STEPS, "--packing", packing)
+    if data == "mixed":
+        shutil.copy(sft_file, tmp_path / "more.jsonl")
+        source += f",{tmp_path / 'more.jsonl'}"
+        flags += ("--mix_strategy", "interleave_under", "--mix_probs", "0.7,0.3")
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    run(tiny_model_dir, data, whole, *flags)
+    run(tiny_model_dir, source, whole, *flags)
     # what a killed run leaves: its checkpoints up to step 3, and nothing that is written at the end
     resumed.mkdir()
     shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
-    run(tiny_model_dir, data, resumed, *flags, "--resume_from_checkpoint", "True")
+    run(tiny_model_dir, source, resumed, *flags, "--resume_from_checkpoint", "True")
     assert len(losses(whole)) == 8
     assert losses(resumed) == losses(whole)
     assert_same_weights(whole, resumed, rtol=0, atol=0)

@@ -56,7 +56,9 @@ def check_named_base(what: str, base: str, trust_remote_code: bool) -> None:
     if ".." in PurePosixPath(base.replace("\\", "/")).parts:
         raise InputError(f"{what}: names a base by a path with .. ({base}); give the base yourself")
     if trust_remote_code:
-        raise InputError(f"{what}: with --trust_remote_code give the base yourself, not as the adapter names it: {base}")
+        raise InputError(
+            f"{what}: with --trust_remote_code give the base yourself, not as the adapter names it: {base}"
+        )
 
 
 def check_links(what: str, folder: Path) -> None:
