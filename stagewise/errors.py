@@ -21,3 +21,9 @@ class TrainingDiverged(RuntimeError):
 
 class SaveFailed(RuntimeError):
     """A checkpoint could not be written: exit code 1, with the way on in the message."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says, without its advice for programmers; all of it where its first line only leads in."""
+    line, _, rest = str(error).strip().partition("\n")
+    return " ".join(f"{line} {rest}".split()) if line.rstrip().endswith(":") else line.rstrip(". ")

@@ -1,10 +1,10 @@
 """Load a tokenizer and a model, causal LM or reward model, or build the model from a configuration alone."""
 
-import json
 import logging
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -21,9 +21,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from stagewise.arguments import ModelArguments
-from stagewise.errors import InputError
+from stagewise.errors import InputError, first_line
 from stagewise.modeling.attention import is_flash, require_flash_attention
 from stagewise.modeling.experts import find_router_loss, gather_experts_together
+from stagewise.modeling.model_files import check_config_file, check_tokenizer_files, local_path, read_json
 from stagewise.modeling.precision import upcast_norms
 from stagewise.modeling.quantization import Quantization, loading_options, settle_quantized
 from stagewise.modeling.rope_scaling import (
@@ -57,6 +58,7 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
     if not args.use_fast_tokenizer:
         raise InputError("--use_fast_tokenizer False: labels need the offsets of a fast tokenizer; leave the flag out")
     flag = "--tokenizer_name_or_path" if args.tokenizer_name_or_path else "--model_name_or_path"
+    check_tokenizer_files(flag, name)
     tokenizer = _from_pretrained(AutoTokenizer, name, args, flag=flag)
     if not tokenizer.is_fast:
         raise InputError(
@@ -65,8 +67,8 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
         )
     if tokenizer.eos_token is None:
         raise InputError(
-            f"--tokenizer_name_or_path {name}: the tokenizer has no eos_token, so the model could not learn to stop; "
-            "set it in its tokenizer_config.json"
+            f"{flag} {name}: the tokenizer has no eos_token, so the model could not learn to stop and nothing could "
+            'pad; name one of its tokens in its tokenizer_config.json: "eos_token": "</s>"'
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -82,6 +84,8 @@ def load_config(args: ModelArguments):
     if not name:
         raise InputError("--model_name_or_path: required (or --config_name to train from scratch)")
     flag = "--model_name_or_path" if args.model_name_or_path else "--config_name"
+    if args.config_name:
+        _check_config_name(args.config_name)
     config = _from_pretrained(AutoConfig, name, args, flag=flag)
     # MedicalGPT's scripts pass --model_type auto|bloom|chatglm|llama|baichuan
     if args.model_type not in (None, "auto", config.model_type):
@@ -95,6 +99,12 @@ def load_config(args: ModelArguments):
             f"--rope_scaling {args.rope_scaling}: needs --model_max_length, the tokens that it is to reach"
         )
     return scale_rope(config, args.rope_scaling, args.model_max_length)
+
+
+def _check_config_name(name: str) -> None:
+    path = local_path("--config_name", name)
+    if path is not None:
+        check_config_file("--config_name", path / "config.json" if path.is_dir() else path)
 
 
 def load_causal_lm(
@@ -117,7 +127,7 @@ def load_causal_lm(
     Raises:
         InputError: the model cannot be loaded, or float16 weights are to be trained.
     """
-    dtype = _weights_dtype(args, trains_all)
+    dtype = weights_dtype(args, trains_all)
     model = _build_model(AutoModelForCausalLM, args, load_config(args), dtype, quantization)
     _settle_positions(model, args)
     fit_embedding(model, tokenizer)
@@ -140,22 +150,39 @@ def load_reference(
     policy are trained, the policy's start once more. None where the policy without its adapter is the reference.
 
     Raises:
-        InputError: the other model cannot be loaded, or its positions do not hold the policy's rows.
+        InputError: the other model cannot be loaded, or as check_reference.
     """
     if not other and not trains_all:
         return None
     if other:
-        rows = row_limit(args, args.model_max_length)
+        check_reference(args, tokenizer, other)
         args = replace(args, model_name_or_path=other, config_name=None)
-        positions = max_positions(load_config(args))
-        if positions and rows > positions:
-            raise InputError(
-                f"--ref_model_name_or_path {other}: was made for {positions} positions, and rows have up to {rows} "
-                "tokens; lower --model_max_length"
-            )
     logger.info("the reference is a second model in memory: %s", args.model_name_or_path)
     reference = load_causal_lm(args, tokenizer, trains_all, token_loss=False, quantization=quantization)
     return reference.requires_grad_(False).eval()
+
+
+def check_reference(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, other: str | None) -> None:
+    """Hold --ref_model_name_or_path against the policy, going by its configuration.
+
+    Raises:
+        InputError: it does not know all tokens of the policy, or its positions do not hold the policy's rows.
+    """
+    if other is None:
+        return
+    rows = row_limit(args, args.model_max_length)
+    config = load_config(replace(args, model_name_or_path=other, config_name=None))
+    positions, vocabulary = max_positions(config), config.get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
+        raise InputError(
+            f"--ref_model_name_or_path {other}: knows {vocabulary} tokens, and the policy's tokenizer has "
+            f"{len(tokenizer)}; give a model with the same tokenizer"
+        )
+    if positions and rows > positions:
+        raise InputError(
+            f"--ref_model_name_or_path {other}: was made for {positions} positions, and rows have up to {rows} "
+            "tokens; lower --model_max_length"
+        )
 
 
 def load_reward_model(
@@ -174,16 +201,11 @@ def load_reward_model(
     """
     check_score_head(args)
     config = load_config(args)
-    goes_on = bool(args.model_name_or_path) and is_reward_model(str(args.model_name_or_path))
-    if goes_on and config.num_labels != 1:
-        raise InputError(
-            f"--model_name_or_path {args.model_name_or_path}: sorts texts into {config.num_labels} classes, and a "
-            "reward model gives one score; start from a language model or from a reward model"
-        )
+    goes_on = check_single_score(args, config)
     config.num_labels = 1
     if not goes_on:
         logger.info("the score head is new, its weights are drawn with --seed")
-    dtype = _weights_dtype(args, trains_all)
+    dtype = weights_dtype(args, trains_all)
     model = _build_model(AutoModelForSequenceClassification, args, config, dtype, quantization)
     _settle_positions(model, args)
     fit_embedding(model, tokenizer)
@@ -191,6 +213,17 @@ def load_reward_model(
         _draw_head(model)
     prepare_scoring(model, tokenizer)
     return model
+
+
+def check_single_score(args: ModelArguments, config: PretrainedConfig) -> bool:
+    """Whether the model is a reward model already. Raises InputError where it is a classifier instead."""
+    goes_on = bool(args.model_name_or_path) and is_reward_model(str(args.model_name_or_path))
+    if goes_on and config.num_labels != 1:
+        raise InputError(
+            f"--model_name_or_path {args.model_name_or_path}: sorts texts into {config.num_labels} classes, and a "
+            "reward model gives one score; start from a language model or from a reward model"
+        )
+    return goes_on
 
 
 def _draw_head(model: PreTrainedModel) -> None:
@@ -216,7 +249,8 @@ def check_score_head(args: ModelArguments) -> None:
             name, revision=args.model_revision, cache_dir=args.cache_dir, token=args.hf_hub_token
         )
     except OSError as error:
-        raise InputError(f"--model_name_or_path {name}: {error}") from error
+        flag = "--model_name_or_path" if args.model_name_or_path else "--config_name"
+        raise InputError(f"{flag} {name}: {_reason(error, from_hub=True)}") from error
     model_type = found.get("model_type")
     own_code = "AutoModelForSequenceClassification" in found.get("auto_map", {})
     if own_code or model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
@@ -232,7 +266,7 @@ def is_reward_model(name: str) -> bool:
     """Whether a model (a folder, or on the hub) or an adapter (a folder) gives scores, by its own configuration."""
     adapter = Path(name, "adapter_config.json")
     if adapter.is_file():
-        return json.loads(adapter.read_text(encoding="utf-8")).get("task_type") == "SEQ_CLS"
+        return read_json("adapter", adapter).get("task_type") == "SEQ_CLS"
     try:
         config, _ = PretrainedConfig.get_config_dict(name)
     except OSError:
@@ -296,8 +330,9 @@ def reserve_padding(tokenizer: PreTrainedTokenizerBase, stop_tokens: tuple[str, 
         tokenizer.pad_token = free[0]
 
 
-def _weights_dtype(args: ModelArguments, trains_all: bool):
-    dtype = "auto" if args.dtype in (None, "auto") else getattr(torch, args.dtype)
+def weights_dtype(args: ModelArguments, trains_all: bool) -> torch.dtype | Literal["auto"]:
+    """What the weights are loaded in, see load_causal_lm; "auto" is the checkpoint's own."""
+    dtype: torch.dtype | Literal["auto"] = "auto" if args.dtype in (None, "auto") else getattr(torch, args.dtype)
     if trains_all and dtype == torch.float16:
         raise InputError(
             "--dtype float16: weights that are trained cannot be float16 (their gradients cannot be unscaled); "
@@ -311,7 +346,7 @@ def _build_model(
 ) -> PreTrainedModel:
     attention = {"attn_implementation": args.kernel} if args.kernel else {}
     if args.kernel and is_flash(args.kernel):
-        require_flash_attention(args.kernel)
+        require_flash_attention(args.kernel, args.kernel_flag)
     if not args.model_name_or_path:
         return auto_class.from_config(config, dtype=torch.float32 if dtype == "auto" else dtype, **attention)
     device_map = _device_map(args.device_map)
@@ -353,13 +388,10 @@ def fit_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _from_pretrained(auto_class, name: str, args: ModelArguments, flag: str, **kwargs):
-    local = Path(name).expanduser()
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
-    if looks_local and not local.exists():
-        raise InputError(f"{flag} {name}: no such folder")
+    local = local_path(flag, name)
     try:
         return auto_class.from_pretrained(
-            str(local) if local.exists() else name,
+            name if local is None else str(local),
             revision=args.model_revision,
             cache_dir=args.cache_dir,
             token=args.hf_hub_token,
@@ -367,10 +399,17 @@ def _from_pretrained(auto_class, name: str, args: ModelArguments, flag: str, **k
             **{key: value for key, value in kwargs.items() if value is not None},
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
-        hint = ""
-        if "trust_remote_code" in str(error):
-            hint = "\n  It brings its own Python code: read it, then pass --trust_remote_code True to run it."
-        raise InputError(f"{flag} {name}: {error}{hint}") from error
+        raise InputError(f"{flag} {name}: {_reason(error, local is None)}") from error
+
+
+def _reason(error: Exception, from_hub: bool) -> str:
+    """What a library says, without its advice for programmers, and what to do."""
+    said = first_line(error)
+    if "trust_remote_code" in str(error):
+        return f"{said}\n  It brings its own Python code: read it, then pass --trust_remote_code True to run it."
+    if from_hub and isinstance(error, OSError):
+        return f"no such folder here, and not to be had from the hub ({said}); correct the path or the name"
+    return said
 
 
 def _settle_positions(model: PreTrainedModel, args: ModelArguments) -> None:

@@ -1,15 +1,16 @@
 """Put a LoRA adapter on a model: fresh, or from an old adapter's weights."""
 
-import json
 import logging
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from stagewise.arguments import LoraArguments
 from stagewise.errors import InputError
+from stagewise.modeling.model_files import ADAPTER_CONFIG, check_adapter_files, read_json
 from stagewise.modeling.precision import hold_in_float32
 from stagewise.modeling.quantization import TrainedBase, quantization_of, quantized_inside
 from stagewise.modeling.rope_scaling import check_peft_path
@@ -118,12 +119,11 @@ def _load_adapter(model: PreTrainedModel, path: str, task_type: str):
 
 def check_adapter(path: str, task_type: str) -> None:
     """Raise InputError unless `path` is a folder with a LoRA adapter that was trained for `task_type`."""
-    folder = Path(path)
-    if not (folder / "adapter_config.json").is_file():
-        raise InputError(f"--peft_path {path}: no adapter_config.json there; give the folder of an adapter")
-    if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
-        raise InputError(f"--peft_path {path}: adapter_config.json is there, but no adapter_model.safetensors")
-    found = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("task_type") or task_type
+    check_adapter_files("--peft_path", path)
+    config = read_json("--peft_path", Path(path, ADAPTER_CONFIG))
+    if config.get("peft_type", "LORA") != "LORA":
+        raise InputError(f"--peft_path {path}: is of peft's type {config['peft_type']}; give an adapter of type LORA")
+    found = config.get("task_type") or task_type
     if found != task_type:
         raise InputError(
             f"--peft_path {path}: was trained for {_TASKS.get(found, found)}, and this stage trains "
@@ -251,19 +251,21 @@ def embedding_names(model: PreTrainedModel) -> list[str]:
     return [path.rsplit(".", 1)[-1] for path, module in model.named_modules() if any(module is m for m in wanted)]
 
 
-def _require_modules(model: nn.Module, names: list[str], flag: str, linear_only: bool) -> None:
-    def matches(name: str) -> bool:
-        return any(path == name or path.endswith("." + name) for path, _ in model.named_modules())
+def linear_names(model: nn.Module) -> list[str]:
+    """The names of the linear layers, each once: down_proj, gate_proj, ..."""
+    layers = (path for path, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
+    return sorted({path.rpartition(".")[-1] for path in layers})
 
-    missing = [name for name in names if not matches(name)]
+
+def _require_modules(model: nn.Module, names: list[str], flag: str, linear_only: bool) -> None:
+    kinds = (nn.Linear, Conv1D, nn.Embedding) if linear_only else nn.Module
+    paths = [path for path, module in model.named_modules() if isinstance(module, kinds)]
+    missing = [name for name in names if not any(path == name or path.endswith("." + name) for path in paths)]
     if missing:
-        there = sorted(
-            {
-                path.rsplit(".", 1)[-1]
-                for path, module in model.named_modules()
-                if isinstance(module, nn.Linear) or (not linear_only and isinstance(module, nn.Embedding))
-            }
-        )
+        there = linear_names(model)
+        if not linear_only:
+            there = sorted({*there, *embedding_names(model)})
+        wanted = "linear layer" if linear_only else "module"
         raise InputError(
-            f"{flag} {','.join(names)}: no module named {', '.join(missing)}; there is: {', '.join(there)}"
+            f"{flag} {','.join(names)}: no {wanted} named {', '.join(missing)}; there is: {', '.join(there)}"
         )

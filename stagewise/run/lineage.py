@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from stagewise.distributed import uses_fsdp, zero_stage
 from stagewise.errors import InputError
 from stagewise.modeling.loading import is_reward_model
+from stagewise.modeling.model_files import read_json
 from stagewise.modeling.reward import same_base
 from stagewise.modeling.rope_scaling import STAGE_FILE as FILE
 from stagewise.modeling.rope_scaling import describe, rope_setting, saved_setting
@@ -45,7 +46,7 @@ def read_parent(model: str | None, takes_reward_model: bool = False) -> dict | N
     if model is None or not folder.is_dir():
         return None
     if (folder / "adapter_config.json").is_file():
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = read_json("--model_name_or_path", folder / "adapter_config.json").get("base_model_name_or_path")
         raise InputError(
             f"--model_name_or_path {model}: is an adapter, not a model; merge it and start from the result: "
             f"python merge_peft_adapter.py --base_model {base} --lora_model {model} --output_dir {model}-merged"

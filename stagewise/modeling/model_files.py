@@ -1,0 +1,178 @@
+"""What the folder of a model or an adapter holds, found out in seconds: its JSON and the headers of its weights."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from stagewise.errors import InputError
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# Where transformers looks for weights, in its order: one file, or the index of several.
+_WEIGHTS = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"
+)  # fmt: skip
+# Files that a tokenizer is made of, of any kind.
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken", "merges.txt")
+# What two files of weights are compared by: so many pieces, spread over the whole file.
+_PIECES, _PIECE_BYTES = 64, 4096
+
+
+def local_path(flag: str, name: str) -> Path | None:
+    """Where `name` is on this machine; None for a name on the hub (owner/model).
+
+    Raises:
+        InputError: it can only be a path, and nothing is there.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise InputError(f"{flag} {name}: no such folder; correct the path (a name on the hub is owner/model)")
+    return None
+
+
+def check_model_files(flag: str, name: str, takes_adapter: bool = False) -> None:
+    """Look through a model's folder; of a name on the hub nothing is known yet.
+
+    Args:
+        takes_adapter: the caller knows what to make of an adapter, which is not looked into.
+
+    Raises:
+        InputError: no folder, no configuration that can be read, or weights that are missing or cut off.
+    """
+    folder = local_path(flag, name)
+    if folder is None:
+        return
+    if folder.is_file():
+        raise InputError(f"{flag} {name}: is a file; give the folder of the model that it belongs to")
+    if (folder / ADAPTER_CONFIG).is_file():
+        if takes_adapter:
+            return
+        raise InputError(
+            f"{flag} {name}: is an adapter, not a model; merge it first and give the result: "
+            f"python merge_peft_adapter.py --base_model BASE --lora_model {name} --output_dir {name}-merged"
+        )
+    if not (folder / CONFIG).is_file():
+        runs = sorted(path.name for path in folder.glob("checkpoint-*"))
+        inside = f" (inside there is {runs[-1]}, of a run that has not ended)" if runs else ""
+        raise InputError(f"{flag} {name}: no {CONFIG} there, so it is no model{inside}; give the folder of one")
+    check_config_file(flag, folder / CONFIG)
+    _check_weights(flag, folder)
+
+
+def check_config_file(flag: str, path: Path) -> None:
+    """Raises InputError unless `path` is a configuration that says which architecture it is of."""
+    if not read_json(flag, path).get("model_type"):
+        raise InputError(f"{flag} {path}: names no model_type, so its architecture is unknown; restore the file")
+
+
+def check_tokenizer_files(flag: str, name: str) -> None:
+    """Raises InputError for a folder that is not there, or that no tokenizer could be made of."""
+    folder = local_path(flag, name)
+    if folder is not None and not any(any(folder.glob(pattern)) for pattern in _VOCABULARIES):
+        raise InputError(f"{flag} {name}: no tokenizer there (tokenizer.json); give the folder of one")
+
+
+def check_adapter_files(flag: str, path: str) -> None:
+    """Raises InputError unless `path` is a folder with an adapter whose files can be read."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(f"{flag} {path}: no such folder; give the folder of an adapter")
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise InputError(f"{flag} {path}: no {ADAPTER_CONFIG} there; give the folder of an adapter")
+    read_json(flag, folder / ADAPTER_CONFIG)
+    if (folder / ADAPTER_WEIGHTS).is_file():
+        tensor_shapes(flag, folder / ADAPTER_WEIGHTS)
+    elif not (folder / "adapter_model.bin").is_file():
+        raise InputError(f"{flag} {path}: {ADAPTER_CONFIG} is there, but no {ADAPTER_WEIGHTS}; copy it there")
+
+
+def read_json(flag: str, path: Path) -> dict:
+    """The object in a .json file. Raises InputError where it cannot be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{flag} {path}: cannot be read as JSON ({error}); copy it anew") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{flag} {path}: found {type(found).__name__}, expected an object; copy it anew")
+    return found
+
+
+def tensor_shapes(flag: str, path: Path) -> Shapes:
+    """The tensors of a .safetensors file, from its header; safetensors holds the header against the file's size.
+
+    Raises:
+        InputError: cut off, damaged, or something else.
+    """
+    try:
+        with safe_open(path, "pt") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        with path.open("rb") as file:
+            is_pointer = file.read(40).startswith(b"version https://git-lfs")
+        advice = "fetch what it stands for: git lfs pull" if is_pointer else "copy or download it again"
+        raise InputError(f"{flag} {path}: is cut off or damaged ({error}); {advice}") from None
+
+
+def _check_weights(flag: str, folder: Path) -> None:
+    found = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if found is None:
+        raise InputError(
+            f"{flag} {folder}: no weights there, neither {_WEIGHTS[0]} nor {_WEIGHTS[1]}; copy them there (random "
+            "weights are trained with --config_name)"
+        )
+    if found.suffix == ".json":
+        _check_shards(flag, found)
+    elif found.suffix == ".safetensors":
+        tensor_shapes(flag, found)
+
+
+def _check_shards(flag: str, index: Path) -> None:
+    shards = read_json(flag, index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise InputError(f"{flag} {index}: has no weight_map, so no shard is known; copy it anew")
+    for shard in sorted(set(shards.values())):
+        path = index.parent / shard
+        if not path.is_file():
+            raise InputError(f"{flag} {path}: is missing, and {index.name} names it; copy or download it")
+        if path.suffix != ".safetensors":
+            continue
+        there = tensor_shapes(flag, path)
+        missing = [name for name, place in shards.items() if place == shard and name not in there]
+        if missing:
+            raise InputError(
+                f"{flag} {path}: lacks {missing[0]}, which {index.name} says is there; copy both anew from one place"
+            )
+
+
+def weight_shapes(flag: str, folder: Path) -> Shapes:
+    """The tensors of a model's .safetensors files, from their headers; {} where it has none."""
+    single = folder / _WEIGHTS[0]
+    files = [single] if single.is_file() else sorted(folder.glob("model-*.safetensors"))
+    return {name: shape for path in files for name, shape in tensor_shapes(flag, path).items()}
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same weights, going by names, sizes and samples of their files.
+
+    A merge or a training of all weights changes nearly every number, so that samples tell.
+    """
+    files, others = (sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin")) for path in (one, other))
+    if [(path.name, path.stat().st_size) for path in files] != [(path.name, path.stat().st_size) for path in others]:
+        return False
+    return all(_samples(first) == _samples(second) for first, second in zip(files, others, strict=True))
+
+
+def _samples(path: Path) -> list[bytes]:
+    size = path.stat().st_size
+    pieces = []
+    with path.open("rb") as file:
+        for piece in range(_PIECES):
+            file.seek(max(0, size - _PIECE_BYTES) * piece // (_PIECES - 1))
+            pieces.append(file.read(_PIECE_BYTES))
+    return pieces
