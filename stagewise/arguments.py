@@ -139,6 +139,11 @@ class ModelArguments:
         """The attention kernel that is asked for; None is transformers' choice."""
         return "flash_attention_2" if self.flash_attn else self.attn_implementation
 
+    @property
+    def kernel_flag(self) -> str:
+        """The flag that asks for it."""
+        return "--flash_attn" if self.flash_attn else f"--attn_implementation {self.attn_implementation}"
+
     def _check_attention(self) -> None:
         if self.flash_attn and self.attn_implementation not in (None, self.kernel):
             raise InputError(
@@ -678,7 +683,7 @@ def _construct(dtype: type, values: dict[str, Any]) -> Any:
     except (ValueError, OSError, ImportError) as error:
         # transformers words these; most, but not all, name the setting.
         named = [f"--{name}" for name in values if re.search(rf"\b{name}\b", str(error))]
-        raise InputError(f"{', '.join(named) or 'training arguments'}: {error}") from error
+        raise InputError(f"{', '.join(named) or 'training arguments'}: {' '.join(str(error).split())}") from error
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
@@ -737,9 +742,17 @@ def parse_arguments(
 
 
 def _check_stage(arguments: Sequence[Any], prog: str) -> None:
-    """Refuse what the stage or the engine cannot do; stages that train on texts say `_trains_on_texts`."""
+    """Refuse what the stage or the engine cannot do.
+
+    Stages that train on texts say `_trains_on_texts`, those that take new tokens of a template `_adds_tokens`.
+    """
     for args in (each for each in arguments if isinstance(each, TrainingArguments)):
         _check_engine(args, {name: value for each in arguments for name, value in vars(each).items()})
+    adds = any(getattr(each, "add_template_tokens", False) for each in arguments)
+    if adds and not any(getattr(each, "_adds_tokens", False) for each in arguments):
+        raise InputError(
+            f"--add_template_tokens: not for {prog}; it is one of supervised_finetuning.py and reward_modeling.py"
+        )
     if any(getattr(each, "_trains_on_texts", False) for each in arguments):
         return
     for flag in ("shift_attn", "trainable_params", "router_aux_loss_coef"):

@@ -28,7 +28,7 @@ from stagewise.data.tokenization import (
     tokenize_documents,
 )
 from stagewise.errors import InputError
-from template import Template, get_template, with_role_markers
+from template import Template, TemplateError, get_template, with_role_markers
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def resolve_template(args: DataArguments, parent: dict | None) -> Template | Non
     tokenizer's own.
 
     Raises:
-        TemplateError: no such template.
+        InputError: no such template, or a flag that goes with none.
     """
     name = args.template_name or (parent or {}).get("template")
     if name is None:
@@ -74,8 +74,16 @@ def resolve_template(args: DataArguments, parent: dict | None) -> Template | Non
         return None
     if args.template_name is None:
         logger.info("template %s, from the base model's stage.json", name)
-    template = get_template(name, tool_format=args.tool_format)
+    template = named_template(name, args.tool_format)
     return with_role_markers(template, args.role_markers) if args.role_markers else template
+
+
+def named_template(name: str, tool_format: str | None) -> Template:
+    """The template of --template_name. Raises InputError where there is none of this name."""
+    try:
+        return get_template(name, tool_format=tool_format)
+    except TemplateError as error:
+        raise InputError(f"--template_name {name}: {error}") from error
 
 
 def add_template_tokens(template: Template | None, tokenizer) -> list[str]:

@@ -1,5 +1,6 @@
 """The attention kernel: whether the one that is asked for can run, and proof that it keeps packed documents apart."""
 
+import inspect
 import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -25,20 +26,23 @@ def is_flash(kernel: str | None) -> bool:
     return bool(kernel) and str(kernel).startswith("flash_attention")
 
 
-def require_flash_attention(kernel: str) -> None:
-    """Raise InputError with the remedy unless FlashAttention can run here: a GPU that it knows, and its package."""
-    otherwise = "or leave --flash_attn out: PyTorch's own kernels (sdpa) are used then"
+def require_flash_attention(kernel: str, flag: str = "--flash_attn") -> None:
+    """Raise InputError with the remedy unless FlashAttention can run here: a GPU that it knows, and its package.
+
+    flag: what asks for it.
+    """
+    otherwise = f"or leave {flag} out: PyTorch's own kernels (sdpa) are used then"
     if not torch.cuda.is_available():
-        raise InputError(f"--flash_attn: {kernel} runs on GPUs alone, and none is found; use one, {otherwise}")
+        raise InputError(f"{flag}: {kernel} runs on GPUs alone, and none is found; use one, {otherwise}")
     capability = torch.cuda.get_device_capability()
     if torch.version.hip is None and capability < (8, 0):
         raise InputError(
-            f"--flash_attn: {kernel} needs compute capability 8.0 (Ampere) or newer, and "
+            f"{flag}: {kernel} needs compute capability 8.0 (Ampere) or newer, and "
             f"{torch.cuda.get_device_name()} has {capability[0]}.{capability[1]}; use another GPU, {otherwise}"
         )
     if kernel == "flash_attention_2" and find_spec("flash_attn") is None:
         raise InputError(
-            "--flash_attn: the package flash-attn is not installed: pip install --no-build-isolation -r "
+            f"{flag}: the package flash-attn is not installed: pip install --no-build-isolation -r "
             f"requirements-flash-attn.txt, {otherwise}"
         )
 
@@ -70,11 +74,26 @@ def check_kernel(model: nn.Module, autocast: bool) -> None:
     """
     kernel = model.config._attn_implementation
     logger.info("attention kernel: %s", kernel)
-    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    if is_flash(kernel) and dtype == torch.float32 and not autocast:
+    if is_flash(kernel):
+        dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+        require_16_bits(kernel, dtype, autocast)
+
+
+def require_16_bits(kernel: str, dtype: torch.dtype, autocast: bool) -> None:
+    """Raises InputError where FlashAttention would get float32: dtype is that of the weights; see check_kernel."""
+    if dtype == torch.float32 and not autocast:
         raise InputError(
             f"--flash_attn: {kernel} takes numbers of 16 bits, and the weights are float32; add --bf16 True (or, for "
             "an adapter, --dtype bfloat16)"
+        )
+
+
+def require_position_ids(model: PreTrainedModel) -> None:
+    """Raises InputError for an architecture that cannot be told where a packed document begins."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise InputError(
+            f"--packing: {type(model).__name__} takes no position_ids, so it could not keep packed documents apart; "
+            "use --packing False"
         )
 
 

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.pytorch_utils import Conv1D
 
 from stagewise.arguments import LoraArguments
-from stagewise.modeling.lora import check_adapter, lora_config
+from stagewise.errors import InputError
+from stagewise.modeling.lora import check_adapter, linear_names, lora_config
 from stagewise.modeling.segments import obstacle
 from stagewise.modeling.token_loss import hidden_states_reproduce_logits
 
@@ -93,6 +94,21 @@ def read_shape(
     Raises:
         InputError: the adapter's targets are not in the model, or --peft_path is no adapter for this kind of model.
     """
+    model = empty_model(config, vocab_size, scores, trust_remote_code)
+    base = _base_shape(model)
+    if not lora_args.use_peft:
+        return base
+    return _with_adapter(base, empty_adapter(model, lora_args, scores, trains_new_tokens))
+
+
+def empty_model(
+    config: PretrainedConfig,
+    vocab_size: int | None = None,
+    scores: bool = False,
+    trust_remote_code: bool = False,
+    kernel: str | None = None,
+) -> Any:
+    """The model of a configuration without its weights; see read_shape. kernel: of attention, as it is asked for."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.vocab_size = max(text.vocab_size, vocab_size or 0)
@@ -101,22 +117,47 @@ def read_shape(
         config.num_labels = 1
     if hasattr(config, "quantization_config"):  # a saved quantized checkpoint: its layers are counted as they are used
         del config.quantization_config
+    attention = {"attn_implementation": kernel} if kernel else {}
+    with torch.device("meta"), _without_zero_init():
+        return auto_class.from_config(config, trust_remote_code=trust_remote_code, **attention)
+
+
+def empty_adapter(model: Any, lora_args: LoraArguments, scores: bool = False, trains_new_tokens: bool = False) -> Any:
+    """A PeftModel of an empty_model, with the adapter that a run would train.
+
+    Raises:
+        InputError: the adapter's targets are not in the model, or --peft_path is no adapter for this kind of model.
+    """
+    task = "SEQ_CLS" if scores else "CAUSAL_LM"
+    if lora_args.peft_path:
+        check_adapter(lora_args.peft_path, task)
+        return saved_adapter(model, "--peft_path", lora_args.peft_path)
+    adapter = lora_config(model, lora_args, task, trains_new_tokens)
+    return _put_on(model, adapter, f"--target_modules {lora_args.target_modules}: peft cannot adapt them all")
+
+
+def saved_adapter(model: Any, flag: str, path: str) -> Any:
+    """A PeftModel of an empty_model, with the adapter of a folder. Raises InputError where it has other targets."""
+    from peft import LoraConfig
+
+    adapter = LoraConfig.from_pretrained(path)
+    adapter.inference_mode = False
+    named = adapter.target_modules
+    names = [named] if isinstance(named, str) else sorted({name.rpartition(".")[-1] for name in named or ()})
+    return _put_on(model, adapter, f"{flag} {path}: is for another base: it adapts {', '.join(names)}")
+
+
+def _put_on(model: Any, adapter: Any, what: str) -> Any:
+    from peft import get_peft_model
+
     with torch.device("meta"), _without_zero_init(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of peft, which says it again when the model itself is made
-        model = auto_class.from_config(config, trust_remote_code=trust_remote_code)
-        base = _base_shape(model)
-        if not lora_args.use_peft:
-            return base
-        from peft import LoraConfig, get_peft_model
-
-        task = "SEQ_CLS" if scores else "CAUSAL_LM"
-        if lora_args.peft_path:
-            check_adapter(lora_args.peft_path, task)
-            adapter = LoraConfig.from_pretrained(lora_args.peft_path)
-            adapter.inference_mode = False
-        else:
-            adapter = lora_config(model, lora_args, task, trains_new_tokens)
-        return _with_adapter(base, get_peft_model(model, adapter))
+        try:
+            return get_peft_model(model, adapter)
+        except ValueError as error:
+            # peft's own words may name every layer of a large model
+            there = ", ".join(linear_names(model))
+            raise InputError(f"{what}; the linear layers of {type(model).__name__} are {there}") from error
 
 
 @contextmanager
