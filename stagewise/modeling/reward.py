@@ -1,6 +1,7 @@
 """What scores the completions of PPO: a reward model, on the policy's base or by itself, or a function."""
 
 import copy
+import functools
 import importlib
 import importlib.util
 import json
@@ -10,19 +11,26 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from stagewise.errors import InputError
+from stagewise.errors import InputError, first_line
 from stagewise.modeling.actor_critic import POLICY, REWARD, ActorCritic
 from stagewise.modeling.generation import load_for_inference
 from stagewise.modeling.loading import SCORE_HEADS, is_reward_model, prepare_scoring
+from stagewise.modeling.model_files import check_adapter_files, check_model_files
 from stagewise.modeling.quantization import TrainedBase, quantization_of
-from stagewise.modeling.rope_scaling import max_positions
+from stagewise.modeling.rope_scaling import config_of_adapter, max_positions
 
 logger = logging.getLogger(__name__)
+
+NO_SHARED_BASE = (
+    "--value_init reward_model: needs a reward model that is an adapter on the policy's own base; use --value_init "
+    "zero"
+)
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,51 @@ class RewardFunction:
         return scores
 
 
+def check_scorer(
+    reward_model_path: str | None,
+    reward_function: str | None,
+    policy: str | None,
+    tokenizer,
+    length: int,
+    value_init: str = "auto",
+) -> None:
+    """What load_scorer would refuse, found without weights.
+
+    Args:
+        policy: --model_name_or_path.
+        length: tokens that a prompt with its answer may have at least.
+
+    Raises:
+        InputError: as load_scorer; the reward model has fewer positions than `length`.
+    """
+    if reward_function is not None:
+        load_reward_function(reward_function, tokenizer)
+    elif reward_model_path is not None:
+        _require_reward_model(reward_model_path)
+        _check_base(reward_model_path, length)
+        _check_tokenizer(reward_model_path, tokenizer)
+    if value_init == "reward_model" and not (reward_model_path and same_base(reward_model_path, str(policy))):
+        raise InputError(NO_SHARED_BASE)
+
+
+def _check_base(path: str, length: int) -> None:
+    is_adapter = (Path(path) / "adapter_config.json").is_file()
+    base = _adapter_base(path) if is_adapter else path
+    if is_adapter:
+        check_adapter_files("--reward_model_path", path)
+        check_model_files(f"--reward_model_path {path}: its base", base)
+    try:
+        config = AutoConfig.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--reward_model_path {path}: its base: {first_line(error)}") from error
+    positions = max_positions(config_of_adapter(config, path) if is_adapter else config)
+    if positions and length > positions:
+        raise InputError(
+            f"--reward_model_path {path}: was made for {positions} positions, and a prompt with its answer may have "
+            f"{length} tokens; lower --max_prompt_length or --max_new_tokens"
+        )
+
+
 def load_reward_function(spec: str, tokenizer) -> RewardFunction:
     """`module:function`, or `folder/file.py:function`.
 
@@ -132,21 +185,26 @@ def load_reward_function(spec: str, tokenizer) -> RewardFunction:
     place, _, name = spec.rpartition(":")
     if not place or not name or (place.startswith(".") and not place.endswith(".py")):
         raise InputError(f"--reward_function {spec}: expected module:function, or folder/file.py:function")
+    if place.endswith(".py") and not Path(place).is_file():
+        raise InputError(f"--reward_function {spec}: no such file; correct the path")
     try:
-        if place.endswith(".py"):
-            found = importlib.util.spec_from_file_location(Path(place).stem, place)
-            if found is None or found.loader is None or not Path(place).is_file():
-                raise InputError(f"--reward_function {spec}: no such file")
-            module = importlib.util.module_from_spec(found)
-            found.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
+        module = _import_file(Path(place).resolve()) if place.endswith(".py") else importlib.import_module(place)
     except ImportError as error:
         raise InputError(f"--reward_function {spec}: {error}; a file is given as folder/file.py:{name}") from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise InputError(f"--reward_function {spec}: {place} has no function {name}")
+        raise InputError(f"--reward_function {spec}: {place} has no function {name}; correct the name")
     return RewardFunction(function, tokenizer, spec)
+
+
+@functools.cache  # looked for when a run starts, and used later: what the file does, it does once, as other imports
+def _import_file(path: Path) -> ModuleType:
+    found = importlib.util.spec_from_file_location(path.stem, path)
+    assert found is not None, path  # it ends with .py
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
 
 
 def load_scorer(
@@ -174,10 +232,7 @@ def load_scorer(
     if isinstance(scorer, RewardModel) and scorer.shares_base and value_init != "zero":
         actor.start_value_at_reward(score_head(scorer.model))
     elif value_init == "reward_model":
-        raise InputError(
-            "--value_init reward_model: needs a reward model that is an adapter on the policy's own base; "
-            "use --value_init zero"
-        )
+        raise InputError(NO_SHARED_BASE)
     return scorer
 
 
@@ -191,11 +246,7 @@ def load_reward_model(path: str, actor: ActorCritic, tokenizer, suffix: Sequence
     Raises:
         InputError: no reward model there, or its tokenizer is not the policy's.
     """
-    if not is_reward_model(path):
-        raise InputError(
-            f"--reward_model_path {path}: is no reward model, it has no score head; give one that reward_modeling.py "
-            "made (an adapter or merged)"
-        )
+    _require_reward_model(path)
     reward_tokenizer = _check_tokenizer(path, tokenizer)
     device = actor.value_head.weight.device
     own_path = actor.base.config.name_or_path
@@ -213,6 +264,14 @@ def load_reward_model(path: str, actor: ActorCritic, tokenizer, suffix: Sequence
     return RewardModel(base, suffix, nullcontext, batch_size, shares_base=False)
 
 
+def _require_reward_model(path: str) -> None:
+    if not is_reward_model(path):
+        raise InputError(
+            f"--reward_model_path {path}: is no reward model, it has no score head; give one that reward_modeling.py "
+            "made (an adapter or merged)"
+        )
+
+
 def score_head(model: PreTrainedModel) -> nn.Module:
     """The layer that makes a score of a hidden state."""
     return next(getattr(model, name) for name in SCORE_HEADS if hasattr(model, name))
@@ -226,7 +285,7 @@ def _check_tokenizer(path: str, tokenizer):
     try:
         found = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise InputError(f"--reward_model_path {path}: {error}") from error
+        raise InputError(f"--reward_model_path {path}: its tokenizer: {first_line(error)}") from error
     if found.get_vocab() != tokenizer.get_vocab():
         raise InputError(
             f"--reward_model_path {path}: its tokenizer is not the policy's ({len(found.get_vocab())} and "

@@ -103,14 +103,12 @@ class PPOTrainer(StageTrainerMixin, Trainer):
         self, *args, settings: PPOSettings, scorer: Scorer, sampling: GenerationConfig, rollout_batch_size: int,
         total_episodes: int | None = None, **kwargs,
     ):  # fmt: skip
-        _refuse(kwargs["args"])
+        check_settings(kwargs["args"], total_episodes)
         if kwargs["args"].ddp_find_unused_parameters is None:
             kwargs["args"].ddp_find_unused_parameters = False  # every step uses all that is trained
         if kwargs["args"].metric_for_best_model in ("loss", "eval_loss"):  # what others default to
             kwargs["args"].metric_for_best_model, kwargs["args"].greater_is_better = "eval_scores", True
         if total_episodes is not None:
-            if kwargs["args"].max_steps > 0:
-                raise InputError("--total_episodes: found beside --max_steps; give one of them")
             kwargs["args"].max_steps = math.ceil(total_episodes / _episodes_per_step(kwargs["args"], settings))
         super().__init__(*args, **kwargs)
         self.settings, self.scorer, self.sampling = settings, scorer, sampling
@@ -491,9 +489,13 @@ def _episodes_per_step(args, settings: PPOSettings) -> int:
     return rows * args.world_size
 
 
-def _refuse(args) -> None:
-    """Settings of the Trainer that have no meaning here."""
+def check_settings(args, total_episodes: int | None) -> None:
+    """Raises InputError for settings of the Trainer that have no meaning here."""
     for used, message in (
+        (
+            total_episodes is not None and args.max_steps > 0,
+            "--total_episodes: found beside --max_steps; give one of them",
+        ),
         (args.label_smoothing_factor, "--label_smoothing_factor: PPO has no labels to smooth; leave it at 0"),
         (
             args.neftune_noise_alpha,
