@@ -65,6 +65,8 @@ class DPOArguments:
             raise InputError(f"--beta: found {self.beta}, expected a number above 0")
         if self.label_smoothing and not {"robust", "exo_pair"} & set(self.loss_types):
             raise InputError("--label_smoothing: is for --loss_type robust and exo_pair")
+        if "exo_pair" in self.loss_types and not self.label_smoothing:
+            raise InputError("--loss_type exo_pair: needs --label_smoothing above 0; pass 1e-3, as its paper does")
         if self.reference_free and self.ref_model_name_or_path:
             raise InputError("--ref_model_name_or_path: --reference_free has no reference; give one of the two")
 
@@ -91,6 +93,7 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.data import loading, preference_audit, tokenization
     from stagewise.data.preferences import PreferenceOptions
     from stagewise.modeling.loading import (
+        check_reference,
         load_causal_lm,
         load_config,
         load_reference,
@@ -99,13 +102,20 @@ def main(argv: list[str] | None = None) -> dict:
         row_limit,
     )
     from stagewise.modeling.lora import policy_adapter
+    from stagewise.modeling.model_check import check_model
     from stagewise.modeling.quantization import plan_quantization, stage_entry
     from stagewise.run import lifecycle, lineage
     from stagewise.run.memory import plan_memory
+    from stagewise.run.preflight import check_start
     from stagewise.trainers.dpo import dpo_config, dpo_trainer_class
 
     checkpoint = lifecycle.start_run(args, run_args)
+    check_start(arguments, {"--ref_model_name_or_path": dpo_args.ref_model_name_or_path})
     quantization = plan_quantization(model_args, lora_args, args)
+    config = dpo_config(
+        args, beta=dpo_args.beta, loss_type=dpo_args.loss_types, loss_weights=dpo_args.weights,
+        label_smoothing=dpo_args.label_smoothing,
+    )  # fmt: skip
 
     # 2. tokenizer and template
     parent = lineage.read_parent(model_args.model_name_or_path)
@@ -115,12 +125,14 @@ def main(argv: list[str] | None = None) -> dict:
     renderer = tokenization.build_renderer(template, tokenizer)
     reserve_padding(tokenizer, renderer.stop_tokens)
     tokenizer.chat_template = loading.chat_template(template, tokenizer)
-
-    # 3. data
     encoding = PreferenceOptions(
         max_length=row_limit(model_args, model_args.model_max_length, "--max_length"),
         max_prompt_length=dpo_args.max_prompt_length,
     )
+    check_model(model_args, lora_args, args, tokenizer, checkpoint, adapts_head=False)
+    check_reference(model_args, tokenizer, dpo_args.ref_model_name_or_path)
+
+    # 3. data
     with args.main_process_first(desc="data"):
         data = loading.load_preferences(data_args, renderer, tokenizer, encoding, args)
     if args.should_log:
@@ -137,12 +149,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     # 5. trainer: train, save, evaluate
     trainer = lifecycle.build_trainer(
-        dpo_trainer_class(),
-        dpo_config(
-            args, beta=dpo_args.beta, loss_type=dpo_args.loss_types, loss_weights=dpo_args.weights,
-            label_smoothing=dpo_args.label_smoothing,
-        ),
-        run_args,
+        dpo_trainer_class(), config, run_args,
         model=model,
         ref_model=None if dpo_args.reference_free else reference,
         peft_config=peft_config,

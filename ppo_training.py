@@ -152,13 +152,17 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.modeling.actor_critic import load_actor_critic, log_memory
     from stagewise.modeling.generation import sampling_config, stop_token_ids
     from stagewise.modeling.loading import load_config, load_tokenizer, prompt_limit, reserve_padding
+    from stagewise.modeling.model_check import check_model
     from stagewise.modeling.quantization import plan_quantization, stage_entry
-    from stagewise.modeling.reward import load_scorer
+    from stagewise.modeling.reward import check_scorer, load_scorer
     from stagewise.run import callbacks, lifecycle, lineage
     from stagewise.run.memory import plan_memory
-    from stagewise.trainers.ppo import PPOSettings, PPOTrainer
+    from stagewise.run.preflight import check_start
+    from stagewise.trainers.ppo import PPOSettings, PPOTrainer, check_settings
 
     checkpoint = lifecycle.start_run(args, run_args)
+    check_start(arguments, {"--reward_model_path": ppo_args.reward_model_path})
+    check_settings(args, ppo_args.total_episodes)
     quantization = plan_quantization(model_args, lora_args, args)
 
     # 2. tokenizer and template
@@ -176,11 +180,17 @@ def main(argv: list[str] | None = None) -> dict:
         tokenizer, stop_token_ids(tokenizer, renderer.stop_tokens),
         ppo_args.max_new_tokens, ppo_args.temperature, ppo_args.top_p,
     )  # fmt: skip
+    limit = prompt_limit(model_args, ppo_args.max_prompt_length, ppo_args.max_new_tokens)
+    prompts = PromptOptions(limit)
+    check_model(model_args, lora_args, args, tokenizer, checkpoint)
+    check_scorer(
+        ppo_args.reward_model_path, ppo_args.reward_function, model_args.model_name_or_path, tokenizer,
+        (ppo_args.max_prompt_length or 1) + ppo_args.max_new_tokens, ppo_args.value_init,
+    )  # fmt: skip
 
     # 3. data
-    limit = prompt_limit(model_args, ppo_args.max_prompt_length, ppo_args.max_new_tokens)
     with args.main_process_first(desc="data"):
-        data = loading.load_prompts(data_args, renderer, tokenizer, PromptOptions(limit), args)
+        data = loading.load_prompts(data_args, renderer, tokenizer, prompts, args)
     memory = plan_memory("ppo", (model_args, *arguments[1:]), tokenizer, data.train, limit)
     if run_args.dry_run:
         return lifecycle.report_dry_run(args, data.report, data.train, memory, ppo_args.num_mini_batches)

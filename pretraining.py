@@ -59,12 +59,15 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.modeling.attention import check_packing, is_flash, settle_attention
     from stagewise.modeling.loading import load_causal_lm, load_config, load_tokenizer, row_limit
     from stagewise.modeling.lora import attach_adapter
+    from stagewise.modeling.model_check import check_model
     from stagewise.modeling.quantization import plan_quantization, stage_entry
     from stagewise.run import lifecycle, lineage
     from stagewise.run.memory import plan_memory
+    from stagewise.run.preflight import check_start
     from stagewise.trainers.causal_lm import CausalLMTrainer
 
     checkpoint = lifecycle.start_run(args, run_args)
+    check_start(arguments)
     quantization = plan_quantization(model_args, lora_args, args)
     tasks = plan_tasks(pt_args, data_args, args)
 
@@ -72,10 +75,12 @@ def main(argv: list[str] | None = None) -> dict:
     parent = lineage.read_parent(model_args.model_name_or_path)
     lineage.check_resumed(checkpoint, load_config(model_args))
     tokenizer = load_tokenizer(model_args)
+    length = model_args.model_max_length if pt_args.block_size is None else pt_args.block_size
+    block_size = row_limit(model_args, length, "--block_size")
+    isolate = pt_args.packing and not pt_args.attend_across_documents
+    check_model(model_args, lora_args, args, tokenizer, checkpoint, packs=isolate)
 
     # 3. data
-    block_size = row_limit(model_args, pt_args.block_size or model_args.model_max_length, "--block_size")
-    isolate = pt_args.packing and not pt_args.attend_across_documents
     with args.main_process_first(desc="data"):
         data = loading.load_documents(
             data_args,

@@ -13,6 +13,8 @@ from stagewise.run.exit_codes import run_script
 class RMArguments:
     """Options of reward modeling."""
 
+    _adds_tokens = True
+
     max_prompt_length: int | None = field(
         default=None,
         metadata={
@@ -67,12 +69,15 @@ def main(argv: list[str] | None = None) -> dict:
         row_limit,
     )
     from stagewise.modeling.lora import attach_adapter
+    from stagewise.modeling.model_check import check_model
     from stagewise.modeling.quantization import plan_quantization, stage_entry
     from stagewise.run import lifecycle, lineage
     from stagewise.run.memory import plan_memory
+    from stagewise.run.preflight import check_start
     from stagewise.trainers.reward import PairwiseRewardTrainer
 
     checkpoint = lifecycle.start_run(args, run_args)
+    check_start(arguments)
     quantization = plan_quantization(model_args, lora_args, args)
 
     # 2. tokenizer and template
@@ -85,12 +90,13 @@ def main(argv: list[str] | None = None) -> dict:
     renderer = tokenization.build_renderer(template, tokenizer)
     reserve_padding(tokenizer, renderer.stop_tokens)
     tokenizer.chat_template = loading.chat_template(template, tokenizer)
-
-    # 3. data
     encoding = PreferenceOptions(
         max_length=row_limit(model_args, model_args.model_max_length, "--max_length"),
         max_prompt_length=rm_args.max_prompt_length,
     )
+    check_model(model_args, lora_args, args, tokenizer, checkpoint, scores=True, trains_new_tokens=bool(new_tokens))
+
+    # 3. data
     with args.main_process_first(desc="data"):
         data = loading.load_preferences(data_args, renderer, tokenizer, encoding, args)
     if args.should_log:

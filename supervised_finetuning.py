@@ -17,6 +17,7 @@ class SFTArguments(MultitaskArguments):
     """Options of supervised fine-tuning."""
 
     _trains_on_texts = True
+    _adds_tokens = True
 
     packing: bool = field(
         default=False, metadata={"help": "Several conversations in one row without padding, each attending to itself."}
@@ -69,12 +70,15 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.modeling.attention import check_packing, is_flash, settle_attention
     from stagewise.modeling.loading import load_causal_lm, load_config, load_tokenizer, row_limit
     from stagewise.modeling.lora import attach_adapter
+    from stagewise.modeling.model_check import check_model
     from stagewise.modeling.quantization import plan_quantization, stage_entry
     from stagewise.run import lifecycle, lineage
     from stagewise.run.memory import plan_memory
+    from stagewise.run.preflight import check_start
     from stagewise.trainers.causal_lm import CausalLMTrainer
 
     checkpoint = lifecycle.start_run(args, run_args)
+    check_start(arguments)
     quantization = plan_quantization(model_args, lora_args, args)
     tasks = plan_tasks(sft_args, data_args, args)
 
@@ -86,14 +90,18 @@ def main(argv: list[str] | None = None) -> dict:
     new_tokens = loading.add_template_tokens(template, tokenizer) if model_args.add_template_tokens else []
     renderer = tokenization.build_renderer(template, tokenizer)
     tokenizer.chat_template = loading.chat_template(template, tokenizer)
-
-    # 3. data
     encoding = tokenization.EncodingOptions(
         max_length=row_limit(model_args, model_args.model_max_length),
         train_on=sft_args.train_on,
         train_on_prompt=sft_args.train_on_prompt,
         on_too_long=sft_args.on_too_long,
     )
+    check_model(
+        model_args, lora_args, args, tokenizer, checkpoint,
+        trains_new_tokens=bool(new_tokens), packs=sft_args.packing,
+    )  # fmt: skip
+
+    # 3. data
     with args.main_process_first(desc="data"):
         data = loading.load_conversations(data_args, renderer, tokenizer, encoding, args)
     if args.should_log:

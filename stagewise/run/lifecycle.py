@@ -36,6 +36,7 @@ from stagewise.run.cost import describe_cost
 from stagewise.run.logging import LogLine, peak_memory_gib, setup_logging
 from stagewise.run.memory import MemoryPlan
 from stagewise.run.plots import plot_curves, plot_loss, plot_scores
+from stagewise.run.preflight import check_writable
 
 logger = logging.getLogger(__name__)
 
@@ -92,19 +93,20 @@ def _settle_output_dir(args, run_args) -> str | None:
         if args.resume_from_checkpoint is None:
             logger.warning("restarted after a process died, before the first checkpoint: starting over")
             return None
+    check_writable("--output_dir", output)
     checkpoint = find_resume_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    if output.is_file():
-        raise InputError(f"--output_dir {output}: is a file")
-    used = output.is_dir() and any(output.iterdir())
-    if used and checkpoint is None and not (run_args.overwrite_output_dir or run_args.dry_run):
+    if not any(output.glob("*")) or _holds(output, checkpoint):
+        return checkpoint
+    if not run_args.overwrite_output_dir:
         raise InputError(
             f"--output_dir {output}: not empty; pass --resume_from_checkpoint True to go on, "
             "--overwrite_output_dir True to replace the run that is there, or choose another folder"
         )
-    parent = next(p for p in [output, *output.parents] if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise InputError(f"--output_dir {output}: {parent} cannot be written")
     return checkpoint
+
+
+def _holds(output: Path, checkpoint: str | None) -> bool:
+    return checkpoint is not None and Path(checkpoint).resolve().parent == output.resolve()
 
 
 def open_output_dir(args, run_args, checkpoint: str | None, arguments: Sequence[object], data_report: dict) -> None:
@@ -114,7 +116,7 @@ def open_output_dir(args, run_args, checkpoint: str | None, arguments: Sequence[
     """
     if args.should_save:
         output = Path(args.output_dir)
-        if run_args.overwrite_output_dir and checkpoint is None:
+        if run_args.overwrite_output_dir and not _holds(output, checkpoint):
             clear_output_dir(output)
         output.mkdir(parents=True, exist_ok=True)
         (output / "run_config.yaml").write_text(

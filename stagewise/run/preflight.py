@@ -1,0 +1,145 @@
+"""The first seconds of a run: folders and settings that would stop it later, before anything heavy is loaded."""
+
+import os
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+from stagewise.data.sources import source_names
+from stagewise.errors import InputError, first_line
+from stagewise.modeling.model_check import check_adapter_on, check_device
+from stagewise.modeling.model_files import (
+    ADAPTER_CONFIG,
+    check_adapter_files,
+    check_model_files,
+    check_tokenizer_files,
+)
+from stagewise.modeling.model_shape import adapter_base
+
+
+def check_start(arguments: Sequence[Any], models: Mapping[str, str | None] | None = None) -> None:
+    """Every folder that the run will read, and the settings of its training loop.
+
+    Args:
+        arguments: the stage's groups in their order: model, LoRA, data, run, stage, training.
+        models: further models of the stage, by flag; None where the flag is not given.
+
+    Raises:
+        InputError: what is missing, cut off, or does not go together.
+    """
+    model_args, lora_args, data_args, run_args, _, args = arguments
+    for flag, name in {"--model_name_or_path": model_args.model_name_or_path, **(models or {})}.items():
+        if name:
+            check_model_files(flag, name, takes_adapter=flag in ("--model_name_or_path", "--reward_model_path"))
+    if model_args.tokenizer_name_or_path:
+        check_tokenizer_files("--tokenizer_name_or_path", model_args.tokenizer_name_or_path)
+    if lora_args.peft_path:
+        check_adapter_files("--peft_path", lora_args.peft_path)
+    for flag in ("train_file_dir", "validation_file_dir"):
+        _check_data(f"--{flag}", getattr(data_args, flag))
+    _check_reports(args)
+    _check_schedule(args, run_args.min_lr)
+    if run_args.early_stopping_stall_num and args.eval_strategy == "no":
+        raise InputError(
+            "--early_stopping_stall_num: needs evaluations; pass --eval_strategy steps (and --eval_steps)"
+        )
+
+
+def check_writable(flag: str, output: Path) -> None:
+    """Raises InputError where a folder of this name could not be made or written to."""
+    there = next(path for path in [output, *output.absolute().parents] if path.exists())
+    if not there.is_dir():
+        where = "is a file" if there == output else f"{there} is a file"
+        raise InputError(f"{flag} {output}: {where}; choose another folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{flag} {output}: {there} cannot be written; choose another folder")
+
+
+def check_merge(args: Namespace) -> None:
+    """What merge_peft_adapter.py will read, write and run on. Raises InputError for what is not there."""
+    check_model_files("--base_model", args.base_model)
+    check_adapter_files("--lora_model", args.lora_model)
+    if args.tokenizer_path:
+        check_tokenizer_files("--tokenizer_path", args.tokenizer_path)
+    check_writable("--output_dir", Path(args.output_dir))
+    if args.device != "auto":
+        check_device("--device", args.device)
+
+
+def check_pair(base_model: str, lora_model: str, tokenizer, trust_remote_code: bool) -> None:
+    """Raises InputError where the adapter is not for this base, going by its configuration."""
+    try:
+        config = AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--base_model {base_model}: {first_line(error)}") from error
+    check_adapter_on("--lora_model", lora_model, config, len(tokenizer), trust_remote_code)
+
+
+def check_inference(args: Namespace) -> None:
+    """What inference.py will read, write and run on.
+
+    Raises:
+        InputError: what is missing, cut off, or would be overwritten.
+    """
+    adapter, model = args.lora_model, args.model_name_or_path
+    check_model_files("--model_name_or_path", model, takes_adapter=adapter is None)
+    if adapter is None and Path(model, ADAPTER_CONFIG).is_file():
+        adapter, model = model, adapter_base(model) or ""
+        check_model_files(f"--model_name_or_path {adapter}: its base", model)
+    if adapter is not None:
+        check_adapter_files("--lora_model" if args.lora_model else "--model_name_or_path", adapter)
+    if args.tokenizer_path:
+        check_tokenizer_files("--tokenizer_path", args.tokenizer_path)
+    if args.device != "auto":
+        check_device("--device", args.device)
+    if args.input_file:
+        _check_files(Path(args.input_file), Path(args.output_file))
+
+
+def _check_files(source: Path, target: Path) -> None:
+    if not source.is_file():
+        raise InputError(f"--input_file {source}: no such file; correct the path")
+    if target.is_dir():
+        raise InputError(f"--output_file {target}: is a folder; give the name of a .jsonl file")
+    if target.exists() and target.samefile(source):
+        raise InputError(f"--output_file {target}: is also --input_file; give another name")
+    check_writable("--output_file", target.parent)
+
+
+def _check_data(flag: str, spec: str | None) -> None:
+    if spec is None:
+        return
+    try:
+        source_names(spec)
+    except InputError as error:
+        raise InputError(f"{flag} {str(error).removeprefix('--train_file_dir: ')}; correct the path") from None
+
+
+def _check_reports(args: TrainingArguments) -> None:
+    missing = [name for name in args.report_to if name not in get_available_reporting_integrations()]
+    if missing:
+        raise InputError(
+            f"--report_to {missing[0]}: the package is not installed: pip install {missing[0]}, or leave it out"
+        )
+
+
+def _check_schedule(args: TrainingArguments, min_lr: float | None) -> None:
+    """Make the learning rate's schedule once, for a parameter that nobody trains."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    options = dict(args.lr_scheduler_kwargs or {})
+    name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    try:
+        schedule = get_scheduler(
+            name, optimizer, num_warmup_steps=1, num_training_steps=100, scheduler_specific_kwargs=options
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"--lr_scheduler_kwargs: found {options} for --lr_scheduler_type {name}: {first_line(error)}"
+        ) from error
+    if min_lr is not None and not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+        raise InputError(f"--min_lr: --lr_scheduler_type {name} takes no floor; leave one of them out")
