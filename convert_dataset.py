@@ -25,6 +25,7 @@ from stagewise.data.records import (
     detect_format,
 )
 from stagewise.errors import InputError
+from stagewise.run.exit_codes import ScriptParser, run_script
 
 # the formats (stagewise.data.records.FORMATS) that each --data_type accepts
 DATA_TYPES = {
@@ -41,7 +42,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Convert --in_file into --out_file and count: rows_read, rows_kept, rows_bad, reasons, first_bad."""
     args = _parse_arguments(argv)
     out_file = Path(args.out_file).expanduser()
-    files = find_files(args.in_file)
+    try:
+        files = find_files(args.in_file)
+    except InputError as error:
+        raise InputError(f"--in_file: {error}") from None
     _check_out_file(out_file, files, args.overwrite)
     report = DataReport(Path(args.in_file).name, [str(file) for file in files])
     try:
@@ -64,9 +68,7 @@ def _print_rejected(report: DataReport) -> None:
 
 
 def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ScriptParser(__doc__)
     parser.add_argument("--in_file", required=True, help="json, jsonl, csv or parquet, also as .gz; or a directory")
     parser.add_argument("--out_file", required=True, help="a .jsonl file")
     parser.add_argument(
@@ -237,8 +239,4 @@ def _without_none(row: dict) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

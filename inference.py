@@ -14,13 +14,11 @@ import os
 from pathlib import Path
 
 from stagewise.errors import InputError
-from stagewise.run.exit_codes import boolean, run_script
+from stagewise.run.exit_codes import ScriptParser, boolean, run_script
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ScriptParser(__doc__)
     parser.add_argument("--model_name_or_path", "--base_model", required=True, help="full model, or adapter folder")
     parser.add_argument("--lora_model", help="adapter to put on the model")
     parser.add_argument("--tokenizer_path", help="unset: the adapter's, or the model's")
@@ -56,9 +54,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--prompt and --input_file: give one")
     if args.score and not args.input_file:
         parser.error("--score: needs --input_file, conversations that end with an answer, and --output_file")
+    if args.batch_size < 1:
+        parser.error(f"--batch_size: found {args.batch_size}, expected 1 or more")
     if bool(args.rope_scaling) != bool(args.model_max_length):
         parser.error("--rope_scaling and --model_max_length go together")
     return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises InputError for what cannot end well, before anything is loaded."""
+    from stagewise.data.loading import named_template
+    from stagewise.run.preflight import check_inference
+
+    check_inference(args)
+    if args.template_name:
+        named_template(args.template_name, args.tool_format)
 
 
 def load(args: argparse.Namespace):
@@ -197,6 +207,7 @@ def chat_loop(chat: Chat) -> None:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_arguments(argv)
+    check(args)
     if args.score:
         count = score_file(args)
         print(f"{count} scores in {args.output_file}")

@@ -6,14 +6,19 @@ The result loads with a plain `from_pretrained`, carries tokenizer and chat temp
 """
 
 import argparse
+import re
 
-from stagewise.run.exit_codes import boolean, run_script
+from stagewise.run.exit_codes import ScriptParser, boolean, run_script
+
+
+def _size(text: str) -> str:
+    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", text, flags=re.IGNORECASE):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a size such as 5GB or 500MB")
+    return text
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ScriptParser(__doc__)
     parser.add_argument("--base_model", "--base_model_name_or_path", "--model_name_or_path", required=True)
     parser.add_argument("--lora_model", "--peft_model_path", required=True, help="folder of the adapter")
     parser.add_argument(
@@ -30,7 +35,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "(exact); original the weights that were quantized (the report says what differs)",
     )  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    parser.add_argument("--max_shard_size", default="5GB")
+    parser.add_argument(
+        "--max_shard_size", type=_size, default="5GB", help="of a file of weights, such as 5GB or 500MB"
+    )
     parser.add_argument("--trust_remote_code", type=boolean, nargs="?", const=True, default=False)
     parser.add_argument("--overwrite", action="store_true", help="replace what is in output_dir")
     parser.add_argument("--push_to_hub", help="hub name to upload the merged model to")
@@ -42,13 +49,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     args = parse_arguments(argv)
 
-    from stagewise.run import merging
+    from stagewise.run import merging, preflight
 
     merging.check_paths(args.base_model, args.lora_model, args.output_dir, args.overwrite)
+    preflight.check_merge(args)
     device = merging.choose_device(args.device)
     tokenizer = merging.load_merge_tokenizer(
         args.tokenizer_path, args.lora_model, args.base_model, args.trust_remote_code
     )
+    preflight.check_pair(args.base_model, args.lora_model, tokenizer, args.trust_remote_code)
     base = merging.load_base(
         args.base_model, args.lora_model, tokenizer, device, args.trust_remote_code, args.merge_onto
     )

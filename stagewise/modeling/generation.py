@@ -16,8 +16,9 @@ from transformers import (
     TextStreamer,
 )
 
-from stagewise.errors import InputError
+from stagewise.errors import InputError, first_line
 from stagewise.modeling.loading import fit_embedding, is_reward_model, prepare_scoring
+from stagewise.modeling.model_check import check_adapter_on
 from stagewise.modeling.quantization import is_quantized, load_trained_base
 from stagewise.modeling.rope_scaling import (
     AS_TRAINED,
@@ -81,6 +82,7 @@ def load_for_inference(
             config_for_inference.
     """
     _check_kind(adapter_path or model_path, scores)
+    flag = "--lora_model" if adapter_path else "--model_name_or_path"
     if adapter_path is None and (Path(model_path) / "adapter_config.json").is_file():
         adapter_path = model_path
         model_path = json.loads((Path(adapter_path) / "adapter_config.json").read_text())["base_model_name_or_path"]
@@ -91,6 +93,8 @@ def load_for_inference(
         config = config_for_inference(config, adapter_path, rope)
         if scores:
             config.num_labels = 1
+        if adapter_path:
+            check_adapter_on(flag, adapter_path, config, len(tokenizer), trust_remote_code)
         auto_class = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
         model = load_trained_base(
             auto_class, model_path, config, adapter_path, dtype, torch.device(device), trust_remote_code
@@ -98,7 +102,7 @@ def load_for_inference(
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"--model_name_or_path {model_path}: {error}") from error
+        raise InputError(f"--model_name_or_path {model_path}: {first_line(error)}") from error
     hold_frequencies(model)
     fit_embedding(model, tokenizer)
     if tokenizer.pad_token is None:
@@ -106,16 +110,20 @@ def load_for_inference(
     if scores and (adapter_path or model.config.get_text_config().pad_token_id is None):
         prepare_scoring(model, tokenizer)
     if adapter_path:
-        from peft import PeftModel
-
-        try:
-            model = PeftModel.from_pretrained(model, adapter_path)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise InputError(f"--lora_model {adapter_path}: does not fit {model_path}: {error}") from error
+        model = _with_adapter(model, adapter_path, model_path)
     tokenizer.padding_side = "left"
     if not is_quantized(model):  # those are made where they belong, and moving spoils 8-bit ones
         model = model.to(device)
     return model.eval(), tokenizer
+
+
+def _with_adapter(model: PreTrainedModel, adapter_path: str, model_path: str):
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, adapter_path)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"--lora_model {adapter_path}: does not fit {model_path}: {error}") from error
 
 
 def _check_kind(path: str, scores: bool) -> None:

@@ -1,6 +1,7 @@
 """How scripts start and end: 0 done, 2 what the user can mend, 1 anything else, 130/143 interrupted."""
 
 import argparse
+import difflib
 import logging
 import os
 import re
@@ -63,6 +64,24 @@ def _explain_shortage(error: BaseException) -> None:
         from stagewise.run.out_of_memory import explain
 
         print(f"\nerror: {explain(error)}", file=sys.stderr)
+
+
+class ScriptParser(argparse.ArgumentParser):
+    """argparse for scripts that train nothing: no shortened flags, and an unknown one names the nearest there is."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(
+            description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+        found, unknown = self.parse_known_args(args, namespace)
+        for token in unknown:
+            flag = token.partition("=")[0]
+            known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+            near = difflib.get_close_matches(flag, known, n=1)
+            self.error(f"{flag}: " + (f"did you mean {near[0]}?" if near else "unknown; --help lists what there is"))
+        return found
 
 
 def boolean(text: str) -> bool:

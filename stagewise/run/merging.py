@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from stagewise.errors import InputError
+from stagewise.errors import InputError, first_line
 from stagewise.modeling.loading import fit_embedding, prepare_scoring
 from stagewise.modeling.quantization import (
     Quantization,
@@ -110,7 +110,9 @@ def _tokenizer(path: str, trust_remote_code: bool):
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise InputError(f"no tokenizer can be loaded from {path}: {error}") from error
+        raise InputError(
+            f"no tokenizer can be loaded from {path}: {first_line(error)}; name one: --tokenizer_path"
+        ) from error
 
 
 @dataclass
