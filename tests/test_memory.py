@@ -599,7 +599,7 @@ def run_ppo(model_dir, sft_file, output_dir, *flags):
 
     return ppo_training.main(
         ["--model_name_or_path", model_dir, "--train_file_dir", sft_file, "--output_dir", str(output_dir)]
-        + ["--template_name", "chatml", "--max_new_tokens", "16", "--reward_function", "rewards:length", *flags]
+        + ["--template_name", "chatml", "--max_new_tokens", "16", "--reward_function", "builtins:len", *flags]
     )
 
 

@@ -600,6 +600,7 @@ def test_an_architecture_without_a_score_head_is_named_before_weights(tmp_path, 
     model.mkdir()
     auto_map = {"AutoConfig": "configuration_chatglm.ChatGLMConfig", "AutoModel": "modeling_chatglm.ChatGLMModel"}
     (model / "config.json").write_text(json.dumps({"model_type": "chatglm", "auto_map": auto_map}))
+    (model / "pytorch_model.bin").touch()
     with pytest.raises(InputError, match="chatglm has no AutoModelForSequenceClassification.*llama.*DPO"):
         run_rm(str(model), preference_file, tmp_path / "out")
 

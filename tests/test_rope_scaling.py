@@ -647,7 +647,7 @@ def test_a_reward_model_of_its_own_must_hold_the_rows(short_model_dir, reward_ad
     long = tmp_path / "long.jsonl"
     turn = [{"from": "human", "value": "why not? " * 12}, {"from": "gpt", "value": "?"}]
     long.write_text((json.dumps({"conversations": turn}) + "\n") * 8)
-    with pytest.raises(InputError, match="the reward model was made for 64 positions"):
+    with pytest.raises(InputError, match="was made for 64 positions, and a prompt with its answer may have 128"):
         ppo(short_model_dir, str(long), tmp_path / "o", *flags)
 
 

@@ -352,9 +352,9 @@ def test_dry_run_writes_nothing(tiny_model_dir, sft_file, text_file, tmp_path, c
     [
         (["--template_name", "chatlm"], "no such template|chatml"),
         (["--model_max_length", "4096"], "made for 1024 positions"),
-        (["--target_modules", "q_prox"], "no module named q_prox; there is: .*q_proj"),
+        (["--target_modules", "q_prox"], "no linear layer named q_prox; there is: .*q_proj"),
         (["--modules_to_save", "embeds"], "no module named embeds"),
-        (["--peft_path", "nowhere"], "no adapter_config.json"),
+        (["--peft_path", "nowhere"], "nowhere: no such folder"),
         (["--model_type", "bloom"], "is of type llama"),
         (["--early_stopping_stall_num", "2"], "needs evaluations"),
         (["--template_name", "llama3"], "--add_template_tokens"),
