@@ -63,6 +63,8 @@ class DPOArguments:
             raise InputError(f"--loss_weights: found {len(self.weights)} for {len(self.loss_types)} losses")
         if not 0 < self.beta < float("inf"):
             raise InputError(f"--beta: found {self.beta}, expected a number above 0")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise InputError(f"--label_smoothing: found {self.label_smoothing}, expected a share from 0 to below 0.5")
         if self.label_smoothing and not {"robust", "exo_pair"} & set(self.loss_types):
             raise InputError("--label_smoothing: is for --loss_type robust and exo_pair")
         if "exo_pair" in self.loss_types and not self.label_smoothing:

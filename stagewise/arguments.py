@@ -411,6 +411,8 @@ class StageTrainingArguments(TrainingArguments):
         _require(0 < self.num_train_epochs < math.inf, "num_train_epochs", self.num_train_epochs, "more than 0")
         steps = self.max_steps
         _require(steps == -1 or steps >= 1, "max_steps", steps, "1 or more, or -1 to go by --num_train_epochs")
+        smoothing = self.label_smoothing_factor
+        _require(0 <= smoothing < 1, "label_smoothing_factor", smoothing, "a share from 0 to below 1")
         alpha = self.neftune_noise_alpha
         _require(alpha is None or 0 < alpha < math.inf, "neftune_noise_alpha", alpha, "more than 0 (unset: no noise)")
 

@@ -78,7 +78,10 @@ TRAINING = [
     case(SFT, "--lora_rank 0", "--lora_rank", "1 or more"),
     case(RM, "--max_prompt_length 300 --max_length 200", "--max_prompt_length 300", "--max_length", "200"),
     case(RM, "--center_rewards_coefficient -1", "--center_rewards_coefficient", "-1", "0 or more"),
+    case(PT, "--label_smoothing_factor 1", "--label_smoothing_factor", "below 1"),
+    case(SFT, "--adam_beta1 1.5", "--optim", "beta", "1.5", "--adam"),
     case(DPO, "--beta 0", "--beta", "above 0"),
+    case(DPO, "--loss_type robust --label_smoothing 0.5", "--label_smoothing", "below 0.5"),
     case(PPO, "--num_mini_batches 0", "--num_mini_batches", "1 or more"),
     case(PPO, "--temperature 0", "--temperature 0", "above 0"),
     # together

@@ -79,11 +79,17 @@ def check_model(
 
 
 def _check_optimizer(args: TrainingArguments, model: Any) -> None:
-    """Some come in packages of their own, and all have their own --optim_args."""
+    """Some come in packages of their own, and all have ranges and --optim_args of their own: torch's are made once."""
     try:
-        Trainer.get_optimizer_cls_and_kwargs(args, model)
+        optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if optimizer.__module__.startswith("torch."):
+            optimizer([torch.nn.Parameter(torch.zeros(1))], **options)
     except (ImportError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"--optim {getattr(args.optim, 'value', args.optim)}: {first_line(error)}") from error
+        name = getattr(args.optim, "value", args.optim)
+        raise InputError(
+            f"--optim {name}: {first_line(error)}; mend --optim_args and the flags that begin with --adam, or choose "
+            "another"
+        ) from error
 
 
 def _check_precision(model_args: ModelArguments, config: PretrainedConfig, args: TrainingArguments, trains_all: bool):
