@@ -919,7 +919,7 @@ def test_a_reward_adapter_that_does_not_fit_the_policys_base_leaves_nothing_on_i
     folder = tmp_path / "rm"
     shutil.copytree(rm_dir, folder)
     weights = load_file(rm_dir / "adapter_model.safetensors")
-    more = weights | {"base_model.model.other.lora_A.weight": torch.zeros(8, 64)}
+    more = weights | {"base_model.model.other.weight": torch.zeros(8, 64)}
     save_file(more, folder / "adapter_model.safetensors")
     perturb(actor, POLICY, VALUE, "value_head")
     before, trained = outputs(actor), trainable(actor)

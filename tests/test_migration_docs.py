@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from stagewise.arguments import StageTrainingArguments, flag_names
+from stagewise.run.exit_codes import ScriptParser
 from tests.stages import losses, weights
 from tests.test_frozen_flags import FOLDER as FROZEN
 
@@ -127,8 +128,6 @@ def stage_flags() -> set[str]:
 
 def plain_flags(monkeypatch) -> set[str]:
     """The flags of the scripts without frozen lists, from the parsers that they make."""
-    import argparse
-
     found: set[str] = set()
 
     def note(parser, argv=None, namespace=None):
@@ -136,7 +135,7 @@ def plain_flags(monkeypatch) -> set[str]:
         raise Parsed(parser)
 
     with monkeypatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", note)
+        patch.setattr(ScriptParser, "parse_args", note)
         for name in ("merge_peft_adapter", "inference", "convert_dataset"):
             with pytest.raises(Parsed):
                 importlib.import_module(name).main([])
