@@ -37,6 +37,7 @@ MAX_BAD_SHARE = 0.1
 _LOCATIONS_KEPT = 10
 
 _BOM = codecs.BOM_UTF8
+_UTF16_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _CHUNK_BYTES = 1 << 16
 # A CSV cell may be a whole document, but an unclosed quote must not swallow a file of any size.
 _MAX_CSV_FIELD_CHARS = 1 << 24
@@ -104,23 +105,25 @@ class DataReport:
         if on_bad_row == "error":
             raise InputError(self._first_bad_message())
         if self.unreadable:
-            raise InputError(f"{self.unreadable}. Bad rows can be skipped, but here nobody knows how many are lost")
+            raise InputError(
+                f"{self.unreadable}. Bad rows can be skipped, but here nobody knows how many are lost: mend the file"
+            )
         if self.rows_bad > MAX_BAD_SHARE * self.rows_read:
             raise InputError(self._too_many_message())
 
     def _first_bad_message(self) -> str:
         more = self.rows_bad - 1
         others = f"{more} more bad {'row' if more == 1 else 'rows'}" if more else "no other row is bad"
-        return (
-            f"{self.first_bad[0]}; {others} among the {self.rows_read} rows read of data set '{self.dataset}'. "
-            "Mend the file, or pass --on_bad_row skip to drop bad rows and count them"
-        )
+        among = "the only row" if self.rows_read == 1 else f"{others} among the {self.rows_read} rows"
+        # what ends a file cannot be skipped
+        skip = "" if self.unreadable else ", or pass --on_bad_row skip to drop bad rows and count them"
+        return f"{self.first_bad[0]}; {among} read of data set '{self.dataset}'. Mend the file{skip}"
 
     def _too_many_message(self) -> str:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in Counter(self.reasons).most_common(5))
         return (
             f"data set '{self.dataset}': {self.rows_bad} of {self.rows_read} rows are bad, and more than "
-            f"{MAX_BAD_SHARE:.0%} are not skipped. Why: {reasons}. First: {self.first_bad[0]}"
+            f"{MAX_BAD_SHARE:.0%} are not skipped. Why: {reasons}. First: {self.first_bad[0]}. Mend the file"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -134,23 +137,42 @@ def find_files(path: str | Path) -> list[Path]:
     """The data files of a file or directory (searched recursively, hidden names skipped), in sorted order.
 
     Known are .jsonl, .json, .csv, .parquet, .txt, and each of them with .gz. Files of another type are an error when
-    named and are left out with a warning when found in a directory. Raises InputError for a path that does not exist,
-    a directory without any usable file, and a file that is empty or must not be read.
+    named and are left out with a warning when found in a directory. Links are followed. Raises InputError for a path
+    that does not exist, a directory without any usable file, a file that is empty or must not be read, a link that
+    leads nowhere, and one to a directory that it lies in.
     """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise InputError(f"{path}: no such file or directory")
+    path = existing_path(path)
     if not path.is_dir():
         _suffix(path)
         files = [path]
     else:
         files = _files_below(path)
     for file in files:
+        if not exists(file):
+            raise InputError(f"{file}: a link to {os.readlink(file)}, which is not there; mend or remove it")
         if file.stat().st_size == 0:
-            raise InputError(f"{file}: the file is empty")
+            raise InputError(f"{file}: the file is empty; write rows into it, or remove it")
         if not os.access(file, os.R_OK):
-            raise InputError(f"{file}: no permission to read the file")
+            raise InputError(f"{file}: no permission to read the file; give it with chmod")
     return files
+
+
+def existing_path(path: str | Path) -> Path:
+    """The path with its ~ resolved; raises InputError where nothing is there."""
+    found = below_home(path)
+    if not exists(found):
+        raise InputError(f"{found}: no such file or directory; check the path")
+    return found
+
+
+def below_home(path: str | Path) -> Path:
+    """The path with its ~ resolved; as it is where nobody knows whose home that would be (Path.expanduser raises)."""
+    return Path(os.path.expanduser(path))
+
+
+def exists(path: Path) -> bool:
+    """Whether something is there; False for a name that is too long (Path.exists raises)."""
+    return os.path.exists(path)
 
 
 def _files_below(directory: Path) -> list[Path]:
@@ -161,10 +183,10 @@ def _files_below(directory: Path) -> list[Path]:
         if not name.startswith(".")
     )
     if not found:
-        raise InputError(f"{directory}: the directory is empty")
+        raise InputError(f"{directory}: the directory is empty; put files into it of the types {_known_types()}")
     usable = [file for file in found if _known_suffix(file)]
     if not usable:
-        raise InputError(f"{directory}: no usable file among {_listed(found)}; known are {_known_types()}")
+        raise InputError(f"{directory}: no usable file among {_listed(found)}; give one of {_known_types()}")
     if len(usable) < len(found):
         others = [file for file in found if not _known_suffix(file)]
         logger.warning("%s: not read, because their type is not known: %s", directory, _listed(others))
@@ -172,9 +194,20 @@ def _files_below(directory: Path) -> list[Path]:
 
 
 def _walk_visible(directory: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    for folder, folders, names in os.walk(directory):
+    for folder, folders, names in os.walk(directory, onerror=_refuse_folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders:
+            _check_no_circle(Path(folder, name).absolute())
         yield folder, folders, names
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise InputError(f"{error.filename}: the directory cannot be read ({error.strerror}); mend or remove it")
+
+
+def _check_no_circle(folder: Path) -> None:
+    if folder.is_symlink() and any(folder.samefile(above) for above in folder.parents):
+        raise InputError(f"{folder}: a link to a directory that it lies in; remove it")
 
 
 def _listed(files: list[Path]) -> str:
@@ -194,13 +227,18 @@ def _known_suffix(path: Path) -> str | None:
 def _suffix(path: Path) -> str:
     suffix = _known_suffix(path)
     if suffix is None:
-        raise InputError(f"{path}: the file type is not known; known are {_known_types()}")
+        raise InputError(f"{path}: the file type is not known; give one of {_known_types()}")
     return suffix
+
+
+def printable(path: Path) -> str:
+    """The path as text; the bytes of a name that is not UTF-8 are written out, since no data set could store them."""
+    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def data_name(path: Path) -> str:
     """What a data set is called: the name of its directory, or of its file without the type."""
-    name = path.resolve().name
+    name = printable(Path(path.resolve().name))
     if path.is_dir():
         return name
     if name.lower().endswith(".gz"):
@@ -258,6 +296,12 @@ def _guarded(path: Path, reader, start: Position) -> Iterator[Row]:
                 yield row
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             yield Row(end.line, BadRow(f"damaged gzip file ({error})", "damaged gzip file", ends_file=True), end)
+        except OSError as error:
+            raise _cannot_be_read(path, error) from None
+
+
+def _cannot_be_read(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path}: the file cannot be read ({error.strerror}); check it and its disk")
 
 
 @contextmanager
@@ -266,7 +310,7 @@ def _opened(path: Path) -> Iterator[BufferedIOBase]:
     try:
         stream = path.open("rb")
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        raise _cannot_be_read(path, error) from None
     with stream:
         if path.suffix.lower() != ".gz":
             yield stream
@@ -301,26 +345,59 @@ def _read_jsonl(stream: BufferedIOBase, start: Position) -> Iterator[Row]:
 
 
 def _json_object(line: bytes) -> dict[str, Any] | BadRow:
+    if line.startswith(_BOM):
+        return BadRow("invalid JSON: a byte order mark, as of files that were joined", "invalid JSON")
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = _JSON.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return _bad_utf8(line, error)
     except json.JSONDecodeError as error:
-        return BadRow(f"invalid JSON: {error.msg} at column {error.colno}", "invalid JSON")
+        return BadRow(f"invalid JSON: {_json_problem(error)} at column {error.colno}", "invalid JSON")
     except (ValueError, RecursionError) as error:
-        return BadRow(f"invalid JSON: {error}", "invalid JSON")
+        return BadRow(f"invalid JSON: {_json_problem(error)}", "invalid JSON")
     return _object(value)
+
+
+class _RepeatedKey(ValueError):
+    """One of the two values would be lost."""
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise _RepeatedKey(f"the key {repeated!r:.60} is there twice in one object")
+    return found
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_without_repeats)
+
+
+def _json_problem(error: ValueError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "lists or objects nested too deeply"
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg.removesuffix(" at")
+    return str(error) if isinstance(error, _RepeatedKey) else "a number with too many digits"
 
 
 def _object(value: Any) -> dict[str, Any] | BadRow:
     if isinstance(value, dict):
         return value
-    return BadRow(f"found JSON of the type {type(value).__name__}, expected an object", "JSON that is not an object")
+    names = {str: "a string", list: "an array", bool: "a boolean", type(None): "null"}
+    return BadRow(f"found {names.get(type(value), 'a number')}, expected an object", "JSON that is not an object")
 
 
 def _bad_utf8(line: bytes, error: UnicodeDecodeError) -> BadRow:
     column = len(line[: error.start].decode("utf-8")) + 1
-    return BadRow(f"invalid UTF-8: byte 0x{line[error.start]:02x} at column {column}", "invalid UTF-8")
+    hint = " (if this is UTF-16, save it as UTF-8)" if line.startswith(_UTF16_BOMS) else ""
+    return BadRow(f"invalid UTF-8: byte 0x{line[error.start]:02x} at column {column}{hint}", "invalid UTF-8")
+
+
+def _bad_nul(place: str) -> BadRow:
+    """UTF-16 without a mark would otherwise pass for UTF-8 text with a NUL behind every letter."""
+    return BadRow(f"a NUL byte {place} (if this is UTF-16, save it as UTF-8)", "a NUL byte")
 
 
 def _read_json(stream: BufferedIOBase, start: Position) -> Iterator[Row]:
@@ -368,7 +445,7 @@ class _JsonText:
     """
 
     _NO_WHITESPACE = re.compile(r"[^ \t\r\n]")
-    _decode = json.JSONDecoder().raw_decode
+    _decode = _JSON.raw_decode
 
     def __init__(self, stream: BufferedIOBase, start: Position):
         stream.seek(start.offset)
@@ -410,9 +487,9 @@ class _JsonText:
             except json.JSONDecodeError as error:
                 if not (self._may_be_cut(error) and self._fill()):
                     self._advance(max(error.pos, self._cursor))
-                    raise _BrokenJson(error.msg) from None
+                    raise _BrokenJson(_json_problem(error)) from None
             except (ValueError, RecursionError) as error:
-                raise _BrokenJson(str(error)) from None
+                raise _BrokenJson(_json_problem(error)) from None
             else:
                 # a number may go on behind the end of the window, an object cannot
                 if isinstance(value, dict) or end < len(self._text) or not self._fill():
@@ -485,24 +562,41 @@ def _csv_header(lines: _Lines) -> list[str] | BadRow:
         header = next(filter(None, csv.reader(map(_decode_lossless, lines), strict=True)), [])
     except csv.Error as error:
         return BadRow(f"invalid CSV header: {error}", "invalid CSV header", ends_file=True)
-    if any(not name.strip() for name in header) or len(set(header)) < len(header):
-        return BadRow(
-            f"invalid CSV header: a column without a name, or two of one name, in {', '.join(header)}",
-            "invalid CSV header",
-            ends_file=True,
-        )
-    return header
+    problem = _header_problem(header)
+    return BadRow(f"invalid CSV header: {problem}", "invalid CSV header", ends_file=True) if problem else header
+
+
+def _header_problem(header: list[str]) -> str | None:
+    for number, name in enumerate(header, 1):
+        bad = _bad_text(name, f"in the name of column {number}")
+        if bad:
+            return bad.problem
+        if not name.strip():
+            return f"column {number} has no name"
+        if header.count(name) > 1:
+            return f"two columns of the name {name!r:.60}"
+    return None
 
 
 def _csv_object(header: list[str], fields: list[str]) -> dict[str, str] | BadRow:
     if len(fields) != len(header):
         problem = f"invalid CSV: found {len(fields)} fields, expected {len(header)} as in the header"
         return BadRow(problem, "invalid CSV")
+    row = dict(zip(header, fields, strict=True))
+    bad = (_bad_text(value, f"in the field {name!r:.60}") for name, value in row.items())
+    return next(filter(None, bad), None) or row
+
+
+def _bad_text(text: str, place: str) -> BadRow | None:
+    """What is wrong with text of a CSV file, whose invalid bytes are lone surrogates here."""
+    if "\0" in text:
+        return _bad_nul(place)
     try:
-        "".join(fields).encode("utf-8")
-    except UnicodeEncodeError:
-        return BadRow("invalid UTF-8", "invalid UTF-8")
-    return dict(zip(header, fields, strict=True))
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        hint = " (if this is UTF-16, save it as UTF-8)" if text.startswith(("\udcff\udcfe", "\udcfe\udcff")) else ""
+        return BadRow(f"invalid UTF-8: byte 0x{ord(text[error.start]) - 0xDC00:02x} {place}{hint}", "invalid UTF-8")
+    return None
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -541,6 +635,8 @@ def _document(block: bytes, keep_linebreaks: bool) -> dict[str, str] | BadRow:
         line = block.count(b"\n", 0, error.start) + 1
         bad = _bad_utf8(block[start:], UnicodeDecodeError("utf-8", block[start:], error.start - start, 0, ""))
         return BadRow(f"{bad.problem} of the document's line {line}", bad.reason)
+    if "\0" in text:
+        return _bad_nul("in the document")
     text = text.replace("\r\n", "\n").strip("\n")
     return {"text": text if keep_linebreaks else re.sub(r"\s*\n\s*", " ", text)}
 
@@ -555,12 +651,23 @@ def _read_parquet(stream: BufferedIOBase, start: Position) -> Iterator[Row]:
     number = start.offset
     try:
         with _random_access(stream) as source:
-            for value in _parquet_values(pyarrow.parquet.ParquetFile(source), start.offset):
+            file = pyarrow.parquet.ParquetFile(source)
+            _check_columns(file.schema_arrow.names)
+            for value in _parquet_values(file, start.offset):
                 number += 1
                 yield Row(number, value, Position(number, number + 1))
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        bad = BadRow(f"damaged Parquet file ({error})", "damaged Parquet file", ends_file=True)
+    # ValueError and OverflowError: a value that Python has no place for, such as a date after the year 9999
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        problem = f"damaged Parquet file ({' '.join(str(error).split())})"
+        bad = BadRow(problem, "damaged Parquet file", ends_file=True)
         yield Row(number + 1, bad, Position(number, number + 1))
+
+
+def _check_columns(names: list[str]) -> None:
+    """A row as a dict would keep only the last of two columns."""
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        raise ValueError(f"two columns of the name {repeated!r:.60}")
 
 
 def _parquet_values(file, first: int) -> Iterator[dict[str, Any]]:

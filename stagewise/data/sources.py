@@ -37,6 +37,7 @@ from datasets import (
     concatenate_datasets,
     interleave_datasets,
 )
+from datasets.exceptions import DatasetGenerationError
 from datasets.info import DatasetInfo
 from datasets.iterable_dataset import _BaseExamplesIterable
 
@@ -45,10 +46,14 @@ from stagewise.data.files import (
     BadRow,
     DataReport,
     Position,
+    below_home,
     check_document_separator,
     data_name,
+    existing_path,
+    exists,
     find_files,
     iter_rows,
+    printable,
 )
 from stagewise.data.records import RECORD_TYPES, RecordOptions, RowError, check_same_format, detect_format
 from stagewise.errors import InputError
@@ -56,7 +61,7 @@ from stagewise.errors import InputError
 logger = logging.getLogger(__name__)
 
 # Part of every cache key: raise it whenever a row of the same file would give another record than before.
-_RECORDS_VERSION = 1
+_RECORDS_VERSION = 2
 
 # In a stream the share of bad rows means something only after this many rows.
 _STREAM_CHECK_ROWS = 100
@@ -107,22 +112,18 @@ def source_names(spec: str) -> tuple[str, ...]:
 
     Raises InputError for a path that does not exist.
     """
-    paths = _split_paths(spec, "--train_file_dir")
-    for path in paths:
-        if not path.exists():
-            raise InputError(f"{path}: no such file or directory")
-    return tuple(map(data_name, paths))
+    return tuple(data_name(existing_path(path)) for path in _split_paths(spec, "--train_file_dir"))
 
 
 def _split_paths(spec: str, flag: str) -> list[Path]:
     spec = spec.strip()
-    if spec and Path(spec).expanduser().exists():
-        return [Path(spec).expanduser()]
+    if spec and exists(below_home(spec)):
+        return [below_home(spec)]
     inner = spec[1:-1] if spec.startswith("[") and spec.endswith("]") else spec
     parts = [part.strip().strip("'\"") for part in inner.split(",")]
     if not all(parts):
         raise InputError(f"{flag}: found an empty path in {spec!r}, expected paths separated by commas")
-    return [Path(part).expanduser() for part in parts]
+    return [below_home(part) for part in parts]
 
 
 # --- rows to records -------------------------------------------------------------------------------------------------
@@ -149,11 +150,11 @@ class _Reader:
         empty = start == START
         for row in rows:
             empty = False
-            checked, file_format = self.check(row.value, f"{path}:{row.line}", file_format)
+            checked, file_format = self.check(row.value, f"{printable(path)}:{row.line}", file_format)
             yield checked, row.end, file_format
         if empty:
             bad = BadRow("the file holds no rows", "a file without rows", ends_file=True)
-            yield self.check(bad, str(path), None)[0], START, None
+            yield self.check(bad, printable(path), None)[0], START, None
 
     def check(
         self, row: dict[str, Any] | BadRow, location: str, file_format: str | None
@@ -253,7 +254,7 @@ def load_records(
     for source in sources:
         reader = _Reader(kind, source.name, options, document_separator, keep_linebreaks)
         checked = _load_checked(source, reader, max_samples, num_proc, cache_dir, overwrite_cache)
-        report = DataReport(source.name, [str(file) for file in source.files])
+        report = DataReport(source.name, list(map(printable, source.files)))
         loaded[source.name] = _settle(checked, report, on_bad_row)
         reports[source.name] = report
     return loaded, reports
@@ -273,7 +274,12 @@ def _load_checked(
 
     def build() -> Dataset:
         builder = _CheckedRows(cache_dir=cache_dir, config_id=key, files=files, reader=reader, max_samples=max_samples)
-        builder.download_and_prepare(num_proc=processes if processes > 1 else None)
+        try:
+            builder.download_and_prepare(num_proc=processes if processes > 1 else None)
+        except DatasetGenerationError as error:
+            if isinstance(error.__cause__, InputError):  # a file that has become unreadable since it was found
+                raise error.__cause__ from None
+            raise
         dataset = builder.as_dataset("train")
         dataset._fingerprint = key
         return dataset
@@ -424,7 +430,7 @@ def stream_records(
     streams, reports = {}, {}
     for source in sources:
         reader = _Reader(kind, source.name, options, document_separator, keep_linebreaks)
-        report = DataReport(source.name, [str(file) for file in source.files])
+        report = DataReport(source.name, list(map(printable, source.files)))
         stream = _RecordStream(source.files, reader, report, on_bad_row, max_samples)
         streams[source.name] = IterableDataset(stream, DatasetInfo(features=_RECORD_FEATURES))
         reports[source.name] = report
@@ -575,7 +581,10 @@ def split_validation(
     for name, dataset in datasets.items():
         rows = len(dataset)
         if rows < 2:
-            raise InputError(f"data set '{name}' has {rows} row; a validation split needs at least 2")
+            raise InputError(
+                f"data set '{name}' has {rows} row; a validation split needs at least 2: add rows, or pass "
+                "--validation_file_dir, or --do_train True alone"
+            )
         held_out = np.zeros(rows, dtype=bool)
         count = min(max(1, round(rows * share)), rows - 1)
         held_out[np.random.default_rng(seed).permutation(rows)[:count]] = True

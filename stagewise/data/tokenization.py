@@ -373,6 +373,6 @@ def drop_unusable(dataset: Dataset, on_bad_row: str = "error", harmless: str | N
     if len(fatal) > MAX_BAD_SHARE * len(dataset):
         raise InputError(
             f"{len(fatal)} of {len(dataset)} rows cannot be used, more than {MAX_BAD_SHARE:.0%}, so --on_bad_row skip "
-            f"does not apply; the first: {dataset[fatal[0]]['location']}: {reasons[fatal[0]].as_py()}"
+            f"does not apply: mend them; the first: {dataset[fatal[0]]['location']}: {reasons[fatal[0]].as_py()}"
         )
     return dataset.select(np.setdiff1d(np.arange(len(dataset)), bad))
