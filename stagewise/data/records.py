@@ -41,6 +41,8 @@ _ROLES = {
     "observation": "tool",
 }
 _FUNCTION_CALL = "function_call"
+# Levels of a tool or call: more than anybody writes, and fewer than a template can write out.
+_MAX_DEPTH = 100
 
 # A tool result may follow an answer without structured calls: several public sets write the call into its text.
 _FOLLOWERS = {
@@ -150,7 +152,7 @@ def detect_format(row: dict, kind: str | None = None) -> str:
     for row_format in wanted:
         if row_format.matches(row):
             return row_format.name
-    found = f"the keys {', '.join(sorted(map(str, row))[:12]) or '(none)'}"
+    found = f"the keys {_keys(row)}"
     others = [row_format for row_format in FORMATS if row_format.matches(row)]
     if others:
         found += f" (the format {others[0].name}, a {others[0].kind})"
@@ -254,16 +256,17 @@ class PreferencePair(_Record):
         """Read any preference format; raises RowError, also where chosen equals rejected."""
         row_format = _require_format(row, cls.kind, row_format)
         prompt, chosen, rejected = _PREFERENCE_READERS[row_format](row, options)
+        asked = _messages(prompt, options, answered=False)
         prompt = _without_empty_system(prompt)
         pair = cls(
-            _messages(prompt, options, answered=False),
+            asked,
             _messages(prompt + chosen, options)[len(prompt) :],
             _messages(prompt + rejected, options)[len(prompt) :],
             _margin(row.get("margin")),
             _tools(row.get("tools"), options),
         )
         if pair.chosen == pair.rejected:
-            raise RowError("rejected", "the same text as in the chosen answer", TWO_ANSWERS)
+            raise RowError(rejected[-1].field, "the same text as in the chosen answer", TWO_ANSWERS)
         return pair
 
 
@@ -282,7 +285,9 @@ class Prompt(_Record):
         row_format = _require_format(row, cls.kind, row_format)
         turns = _CONVERSATION_READERS[row_format](row, options)
         if turns and turns[-1].role == "assistant":
-            turns = turns[:-1]
+            *turns, answer = turns
+            if not turns:
+                raise RowError(answer.field, "an answer alone", "a question before it")
         return cls(_messages(turns, options, answered=False), _tools(row.get("tools"), options))
 
 
@@ -341,6 +346,13 @@ def _turn_list(value: Any, where: str) -> list[_Turn]:
     return [_turn(each, f"{where}[{index}]") for index, each in enumerate(_as_list(value, where))]
 
 
+def _some_turns(value: Any, where: str) -> list[_Turn]:
+    turns = _turn_list(value, where)
+    if not turns:
+        raise RowError(where, "no turns", "a list of turns")
+    return turns
+
+
 def _with_system(row: dict, turns: list[_Turn]) -> list[_Turn]:
     """The turns with the row's system prompt in front; where there are several, they must say the same."""
     for key in ("system", "system_prompt"):
@@ -386,7 +398,7 @@ def _question(row: dict) -> _Turn:
 
 
 def _listed_turns(row: dict, options: RecordOptions, key: str) -> list[_Turn]:
-    return _with_system(row, _turn_list(row[key], key))
+    return _with_system(row, _some_turns(row[key], key))
 
 
 def _alpaca_turns(row: dict, options: RecordOptions) -> list[_Turn]:
@@ -431,7 +443,7 @@ def _completion(row: dict, key: str) -> list[_Turn]:
     value = row[key]
     if isinstance(value, dict):
         return [_turn(value, key)]
-    return _turn_list(value, key) if isinstance(value, list) else [_Turn("assistant", value, key)]
+    return _some_turns(value, key) if isinstance(value, list) else [_Turn("assistant", value, key)]
 
 
 def _family_pair(row: dict, options: RecordOptions) -> _PairTurns:
@@ -442,7 +454,7 @@ def _family_pair(row: dict, options: RecordOptions) -> _PairTurns:
 
 
 def _sharegpt_pair(row: dict, options: RecordOptions) -> _PairTurns:
-    prompt = _with_system(row, _turn_list(row["conversations"], "conversations"))
+    prompt = _with_system(row, _some_turns(row["conversations"], "conversations"))
     return prompt, _completion(row, "chosen"), _completion(row, "rejected")
 
 
@@ -495,9 +507,9 @@ _PREFERENCE_READERS: dict[str, Callable[[dict, RecordOptions], _PairTurns]] = {
 
 def _messages(turns: list[_Turn], options: RecordOptions, answered: bool = True) -> Messages:
     """The checked internal form; ``answered``: the last message must be the assistant's, otherwise it must not be."""
-    turns = _without_empty_system(turns)
+    first, turns = turns[0], _without_empty_system(turns)
     if not turns:
-        raise RowError("messages", "no turns", "a question and an answer" if answered else "a question")
+        raise RowError(first.field, "an empty system prompt alone", "a question")
     messages = [_message(turn, options) for turn in turns]
     if answered and all(message["role"] != "assistant" for message in messages):
         raise RowError(turns[-1].field, "no assistant turn", "at least one answer")
@@ -587,6 +599,9 @@ def _tool(value: Any, where: str) -> dict:
     function = value.get("function", value) if isinstance(value, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RowError(where, _describe(value), "a tool {'type': 'function', 'function': {'name': ...}}")
+    description = function.get("description")
+    if description is not None:
+        _text(description, f"{where}.description")
     return value if function is not value else {"type": "function", "function": function}
 
 
@@ -648,12 +663,21 @@ def _check_control_tokens(text: str, where: str, options: RecordOptions) -> None
 
 def _check_json(value: Any, where: str, options: RecordOptions) -> None:
     """Tools and calls are rendered as JSON into the prompt, so the checks of text apply to that JSON."""
+    if _is_deeper(value, _MAX_DEPTH):
+        raise RowError(where, f"JSON nested more than {_MAX_DEPTH} levels deep", "less")
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise RowError(where, f"a value that JSON cannot hold ({error})", "JSON values") from None
     _check_encodable(text, where)
     _check_control_tokens(text, where, options)
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    if not isinstance(value, dict | list | tuple):
+        return False
+    inside = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(each, levels - 1) for each in inside)
 
 
 def _as_list(value: Any, where: str) -> list:
@@ -682,9 +706,15 @@ def _describe(value: Any) -> str:
     if isinstance(value, str):
         return repr(value if len(value) <= 60 else value[:57] + "...")
     if isinstance(value, dict):
-        return f"an object with the keys {', '.join(sorted(map(str, value))[:12]) or '(none)'}"
+        return f"an object with the keys {_keys(value)}"
     if isinstance(value, list | tuple):
         return f"a list of {len(value)}"
     if isinstance(value, bool):
         return str(value).lower()
     return "a number" if isinstance(value, int | float) else f"a {type(value).__name__}"
+
+
+def _keys(value: dict) -> str:
+    """The first dozen keys; in a file of another kind a text may stand in their place."""
+    names = sorted(map(str, value))[:12]
+    return ", ".join(name if len(name) <= 40 and name.isprintable() else _describe(name) for name in names) or "(none)"
