@@ -337,7 +337,19 @@ BAD_CONVERSATIONS = {
     "missing_output": ({"instruction": "x", "input": "y"}, "keys", "input, instruction", "output"),
     "turns_are_no_list": ({"conversations": 3}, "conversations", "a number", "a list"),
     "turns_are_no_json": ({"conversations": "hello"}, "conversations", "'hello', which is not JSON", "JSON"),
-    "no_turns": ({"conversations": []}, "messages", "no turns", "a question and an answer"),
+    "no_turns": ({"conversations": []}, "conversations", "no turns", "a list of turns"),
+    "empty_system_alone": (
+        {"messages": [system(" ")]},
+        "messages[0].content",
+        "an empty system prompt alone",
+        "a question",
+    ),
+    "tool_description": (
+        {"messages": CHAT, "tools": [{"name": "f", "description": ["a"]}]},
+        "tools[0].description",
+        "a list of 1",
+        "a string",
+    ),
     "turn_is_no_object": ({"conversations": ["hi"]}, "conversations[0]", "'hi'", "a turn"),
     "unknown_role": (
         {"conversations": [{"from": "alien", "value": "x"}]},
@@ -492,7 +504,7 @@ BAD_PREFERENCES = {
     "equal": ({"prompt": "a", "chosen": "b", "rejected": "b"}, "rejected", "the same text", "two different answers"),
     "equal_conversations": (
         {"chosen": CHAT, "rejected": CHAT},
-        "rejected",
+        "rejected[1].content",
         "the same text as in the chosen answer",
         "two different",
     ),
@@ -766,6 +778,21 @@ def test_deeply_nested_tools_are_an_input_error():
     deep = "[" * 100_000 + "]" * 100_000
     with pytest.raises(InputError):
         Conversation.from_row({"messages": CHAT, "tools": deep})
+
+
+def test_tools_that_a_template_could_not_write_out_are_an_input_error():
+    """json.dumps with an indent is Python, and ends at a third of the depth that is left to C."""
+    deep = json.loads('{"a":' * 400 + "1" + "}" * 400)
+    row = {"messages": CHAT, "tools": [{"name": "f", "parameters": deep}]}
+    with pytest.raises(RowError, match="field 'tools': found JSON nested more than 100 levels deep"):
+        Conversation.from_row(row)
+
+
+def test_keys_are_quoted_in_short():
+    """A text in the place of a key neither fills the screen nor breaks the message into lines."""
+    with pytest.raises(RowError) as caught:
+        Conversation.from_row({"one\ntwo": 1, "x" * 1000: 2})
+    assert caught.value.found == f"the keys 'one\\ntwo', '{'x' * 57}...'"
 
 
 def test_records_import_nothing_heavy():

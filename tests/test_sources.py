@@ -91,7 +91,7 @@ def test_find_files_errors_name_the_place(tmp_path):
         "missing": "missing: no such file or directory",
         "empty": "empty: the directory is empty",
         "useless": "useless: no usable file among notes.docx",
-        "useless/notes.docx": "notes.docx: the file type is not known; known are .jsonl, .json, .csv, .parquet, .txt",
+        "useless/notes.docx": "notes.docx: the file type is not known; give one of .jsonl, .json, .csv, .parquet",
         "nothing.jsonl": "nothing.jsonl: the file is empty",
     }
     for name, message in expected.items():
@@ -118,7 +118,7 @@ def test_bad_lines_are_reported_in_their_place(tmp_path):
     assert rows[0][1] == {"a": 1}
     assert rows[1][1] == BadRow("invalid JSON: Expecting value at column 7", "invalid JSON")
     assert rows[2][1] == BadRow("invalid UTF-8: byte 0xff at column 9", "invalid UTF-8")
-    assert rows[3][1] == BadRow("found JSON of the type list, expected an object", "JSON that is not an object")
+    assert rows[3][1] == BadRow("found an array, expected an object", "JSON that is not an object")
     assert rows[4][1].reason == "invalid JSON"
     assert rows[5][1] == {"a": 2}
 
