@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 # The longest files begin first, or one of them would run on alone when the others are done.
@@ -23,6 +24,9 @@ LONGEST = (
 def pytest_collection_modifyitems(items):
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+# For tests/test_fuzzing.py: --hypothesis-profile deep
+settings.register_profile("deep", max_examples=1000, deadline=None, database=None)
 
 
 @pytest.fixture(scope="session", autouse=True)

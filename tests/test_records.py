@@ -233,6 +233,18 @@ PREFERENCES = {
         {"prompt": "hi", "chosen": "hello", "rejected": "no", "margin": "0.5"},
         PreferencePair([user("hi")], [assistant("hello")], [assistant("no")], 0.5),
     ),
+    "preference_trl_messages_in_csv_cells": (
+        {
+            "prompt": json.dumps([user("hi")]),
+            "chosen": json.dumps([assistant("hello")]),
+            "rejected": json.dumps({"from": "gpt", "value": "no"}),
+        },
+        PreferencePair([user("hi")], [assistant("hello")], [assistant("no")]),
+    ),
+    "preference_trl_answers_in_json": (
+        {"prompt": '["hi"]', "chosen": '{"from": "Oslo"}', "rejected": "[]"},
+        PreferencePair([user('["hi"]')], [assistant('{"from": "Oslo"}')], [assistant("[]")]),
+    ),
     "preference_trl_messages": (
         {"prompt": [user("hi")], "chosen": [assistant("hello")], "rejected": [assistant("no")]},
         PreferencePair([user("hi")], [assistant("hello")], [assistant("no")]),

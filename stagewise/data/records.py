@@ -440,10 +440,26 @@ _PairTurns = tuple[list[_Turn], list[_Turn], list[_Turn]]
 
 def _completion(row: dict, key: str) -> list[_Turn]:
     """An answer given as a string, as one turn, or as a list of turns."""
-    value = row[key]
+    value = _turns_in_cell(row[key])
     if isinstance(value, dict):
         return [_turn(value, key)]
     return _some_turns(value, key) if isinstance(value, list) else [_Turn("assistant", value, key)]
+
+
+def _turns_in_cell(value: Any) -> Any:
+    """A turn or turns that a CSV cell holds as JSON; any other value, an answer in JSON too, as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    turns = found if isinstance(found, list) else [found]
+    return found if turns and all(map(_is_turn, turns)) else value
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, dict) and any(value.keys() >= pair for pair in ({"from", "value"}, {"role", "content"}))
 
 
 def _family_pair(row: dict, options: RecordOptions) -> _PairTurns:
@@ -474,8 +490,9 @@ def _trl_pair(row: dict, options: RecordOptions) -> _PairTurns:
 
 def _trl_prompt(row: dict) -> list[_Turn]:
     history = _history_turns(row)
-    if isinstance(row.get("prompt"), list):
-        return [*history, *_turn_list(row["prompt"], "prompt")]
+    prompt = _turns_in_cell(row.get("prompt"))
+    if isinstance(prompt, list):
+        return [*history, *_turn_list(prompt, "prompt")]
     if row.get("instruction"):
         _only_key(row, ("instruction", "prompt", "question", "query"))
         return [*history, _instruction(row)]
