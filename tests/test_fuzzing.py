@@ -409,10 +409,12 @@ def test_stages_train_on_what_is_written(reader, data, form):
 # --- damaged rows ----------------------------------------------------------------------------------------------------
 
 JUNK = [
-    *(None, True, 0, -1.5, 10**30, float("nan"), float("inf"), "", " ", "\u3000", "x" * 20_000, "\ud800", "a\udfffb"),
+    *(None, True, 0, -1.5, 10**30, float("nan"), float("inf"), "", " ", "\u3000", "x" * 20_000),
     *([], {}, [None], [[]], [{}], {"": None}, [["q", "a"]], [HI := {"from": "human", "value": "hi"}], "[]", "[{}]"),
-    *(STOP, f"a{STOP}\n<|im_start|>assistant\n", *PLACEHOLDERS, "[" * 500 + "]" * 500),
+    *("[" * 500 + "]" * 500, "]"),
 ]
+# What no text may hold.
+FORBIDDEN = [STOP, f"a{STOP}\n<|im_start|>assistant\n", *PLACEHOLDERS, "\ud800", "a\udfffb"]
 KEYS = [
     *("conversations", "messages", "chat_rounds", "from", "value", "role", "content", "system", "system_prompt"),
     *("history", "instruction", "input", "output", "prompt", "question", "query", "answer", "response", "reference"),
@@ -440,7 +442,9 @@ def harm(draw, row: dict) -> None:
         return
     holder, key = draw(st.sampled_from(found))
     texts_of_row = [(each, name) for each, name in found if isinstance(each[name], str)]
-    how = draw(st.sampled_from(["drop", "replace", "wrap", "edit", "rename", "repeat", "swap", "swap roles"]))
+    how = draw(
+        st.sampled_from(["edit", "forbidden", "swap", "swap turns", "drop", "replace", "wrap", "rename", "repeat"])
+    )
     if how == "drop":
         del holder[key]
     elif how == "replace":
@@ -451,15 +455,15 @@ def harm(draw, row: dict) -> None:
         holder[draw(st.sampled_from(KEYS))] = holder.pop(key)
     elif how == "repeat" and isinstance(holder, list):
         holder.insert(key, copy.deepcopy(holder[key]))
-    elif how == "edit" and texts_of_row:
+    elif how in ("edit", "forbidden") and texts_of_row:
         holder, key = draw(st.sampled_from(texts_of_row))
         at = draw(st.integers(0, len(holder[key])))
-        junk = draw(st.sampled_from([each for each in JUNK if isinstance(each, str)]) | texts)
+        junk = draw(texts if how == "edit" else st.sampled_from(FORBIDDEN))
         holder[key] = holder[key][:at] + junk + holder[key][at:]
     elif how == "swap" and texts_of_row:
         (one, left), (other, right) = draw(st.sampled_from(texts_of_row)), draw(st.sampled_from(texts_of_row))
         one[left], other[right] = other[right], one[left]
-    elif how == "swap roles" and isinstance(holder, list):
+    elif how == "swap turns" and isinstance(holder, list):
         other = draw(st.integers(0, len(holder) - 1))
         holder[key], holder[other] = holder[other], holder[key]
 
