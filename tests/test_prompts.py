@@ -323,7 +323,7 @@ def test_history_and_system_stay_and_the_last_answer_goes(row, chatml, tokenizer
 
 def test_a_row_without_a_question_is_an_error(chatml, tokenizer, tmp_path):
     for row, message in (
-        ({"conversations": [{"from": "gpt", "value": "hello"}]}, "found no turns, expected a question"),
+        ({"conversations": [{"from": "gpt", "value": "hello"}]}, "found an answer alone, expected a question"),
         ({"conversations": SHAREGPT[:1]}, "found a system turn at the end, expected a user or tool turn at the end"),
         ({"text": "a document"}, "the keys of a prompt row"),
     ):
