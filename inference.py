@@ -47,6 +47,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="use another RoPE scaling than that of training: --rope_scaling's, or without it the base model's own",
     )  # fmt: skip
     parser.add_argument("--trust_remote_code", type=boolean, nargs="?", const=True, default=False)
+    parser.add_argument(
+        "--allow_pickle", type=boolean, nargs="?", const=True, default=False,
+        help="read weights that are not safetensors, by torch's restricted unpickler",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     if bool(args.input_file) != bool(args.output_file):
         parser.error("--input_file and --output_file go together")
@@ -83,7 +87,7 @@ def load(args: argparse.Namespace):
     model, tokenizer = load_for_inference(
         args.model_name_or_path, args.lora_model, args.tokenizer_path, args.dtype, choose_device(args.device),
         args.trust_remote_code, args.score,
-        RopeRequest(args.rope_scaling, args.model_max_length, args.force_rope_scaling),
+        RopeRequest(args.rope_scaling, args.model_max_length, args.force_rope_scaling), args.allow_pickle,
     )  # fmt: skip
     stage = read_stage(args.lora_model) or read_stage(args.model_name_or_path) or {}
     name = args.template_name or stage.get("template")

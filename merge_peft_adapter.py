@@ -39,6 +39,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--max_shard_size", type=_size, default="5GB", help="of a file of weights, such as 5GB or 500MB"
     )
     parser.add_argument("--trust_remote_code", type=boolean, nargs="?", const=True, default=False)
+    parser.add_argument(
+        "--allow_pickle", type=boolean, nargs="?", const=True, default=False,
+        help="read weights that are not safetensors, by torch's restricted unpickler",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace what is in output_dir")
     parser.add_argument("--push_to_hub", help="hub name to upload the merged model to")
     parser.add_argument("--hf_hub_token")
@@ -59,7 +63,7 @@ def main(argv: list[str] | None = None) -> dict:
     )
     preflight.check_pair(args.base_model, args.lora_model, tokenizer, args.trust_remote_code)
     base = merging.load_base(
-        args.base_model, args.lora_model, tokenizer, device, args.trust_remote_code, args.merge_onto
+        args.base_model, args.lora_model, tokenizer, device, args.trust_remote_code, args.merge_onto, args.allow_pickle
     )
     dtype = merging.named_dtype(base.dtype if args.dtype == "auto" else args.dtype)
     merged, adapter_outputs, report = merging.merge(base, args.lora_model, tokenizer, dtype)

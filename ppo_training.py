@@ -186,6 +186,7 @@ def main(argv: list[str] | None = None) -> dict:
     check_scorer(
         ppo_args.reward_model_path, ppo_args.reward_function, model_args.model_name_or_path, tokenizer,
         (ppo_args.max_prompt_length or 1) + ppo_args.max_new_tokens, ppo_args.value_init,
+        model_args.allow_pickle,
     )  # fmt: skip
 
     # 3. data
@@ -200,6 +201,7 @@ def main(argv: list[str] | None = None) -> dict:
     scorer = load_scorer(
         ppo_args.reward_model_path, ppo_args.reward_function, model, tokenizer,
         completion_suffix(renderer, tokenizer), math.ceil(ppo_args.rollout_batch_size / 4), ppo_args.value_init,
+        model_args.allow_pickle,
     )  # fmt: skip
     log_memory(model, scorer)
 

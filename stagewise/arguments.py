@@ -78,6 +78,7 @@ class ModelArguments:
     upcast_layernorm: bool = _option(False, "Normalise in float32 where the weights are in 16 bits.")
     device_map: str | None = _option(None, "Where the weights go: auto, cpu, or unset (the Trainer places the model).")
     trust_remote_code: bool = _option(False, "Run Python code that comes with the model. Read it first.")
+    allow_pickle: bool = _option(False, "Read weights that are not safetensors, by torch's restricted unpickler.")
     model_type: str | None = _option(
         None, "Family of the model (llama, bloom, chatglm, baichuan, auto); only checked against its configuration."
     )

@@ -25,6 +25,7 @@ def pytest_collection_modifyitems(items):
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
+
 # For tests/test_fuzzing.py: --hypothesis-profile deep
 settings.register_profile("deep", max_examples=1000, deadline=None, database=None)
 

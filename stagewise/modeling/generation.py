@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -27,6 +26,7 @@ from stagewise.modeling.rope_scaling import (
     hold_frequencies,
     max_positions,
 )
+from stagewise.modeling.untrusted import read_config
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ def load_for_inference(
     trust_remote_code: bool = False,
     scores: bool = False,
     rope: RopeRequest = AS_TRAINED,
+    allow_pickle: bool = False,
 ):
     """(model, tokenizer) of a full or merged model, of base + adapter, or of an adapter folder that names its base.
 
@@ -76,6 +77,7 @@ def load_for_inference(
     Args:
         scores: a reward model is wanted, which scores; otherwise a language model, which generates.
         rope: what is asked for beside the RoPE scaling of training, which an adapter's stage.json tells.
+        allow_pickle: weights need not be safetensors.
 
     Raises:
         InputError: nothing loadable there, the adapter does not fit, or it is a model of the other kind; see
@@ -89,7 +91,7 @@ def load_for_inference(
     tokenizer_path = tokenizer_path or _first_with_tokenizer(adapter_path, model_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=trust_remote_code)
-        config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        config = read_config(model_path, model_path, trust_remote_code=trust_remote_code)
         config = config_for_inference(config, adapter_path, rope)
         if scores:
             config.num_labels = 1
@@ -97,7 +99,7 @@ def load_for_inference(
             check_adapter_on(flag, adapter_path, config, len(tokenizer), trust_remote_code)
         auto_class = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
         model = load_trained_base(
-            auto_class, model_path, config, adapter_path, dtype, torch.device(device), trust_remote_code
+            auto_class, model_path, config, adapter_path, dtype, torch.device(device), trust_remote_code, allow_pickle
         )
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):

@@ -2,14 +2,16 @@
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Literal
 
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -37,6 +39,7 @@ from stagewise.modeling.rope_scaling import (
 )
 from stagewise.modeling.sharded import is_sharded, shape_of, whole
 from stagewise.modeling.token_loss import install_token_loss
+from stagewise.modeling.untrusted import read_config, unpickling_failed
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +62,7 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
         raise InputError("--use_fast_tokenizer False: labels need the offsets of a fast tokenizer; leave the flag out")
     flag = "--tokenizer_name_or_path" if args.tokenizer_name_or_path else "--model_name_or_path"
     check_tokenizer_files(flag, name)
-    tokenizer = _from_pretrained(AutoTokenizer, name, args, flag=flag)
+    tokenizer = _from_pretrained(AutoTokenizer.from_pretrained, name, args, flag=flag)
     if not tokenizer.is_fast:
         raise InputError(
             f"--tokenizer_name_or_path {name}: this tokenizer is not a fast one, and labels follow the character "
@@ -86,7 +89,7 @@ def load_config(args: ModelArguments):
     flag = "--model_name_or_path" if args.model_name_or_path else "--config_name"
     if args.config_name:
         _check_config_name(args.config_name)
-    config = _from_pretrained(AutoConfig, name, args, flag=flag)
+    config = _from_pretrained(partial(read_config, f"{flag} {name}"), name, args, flag=flag)
     # MedicalGPT's scripts pass --model_type auto|bloom|chatglm|llama|baichuan
     if args.model_type not in (None, "auto", config.model_type):
         raise InputError(
@@ -352,12 +355,13 @@ def _build_model(
     device_map = _device_map(args.device_map)
     quantized = loading_options(config, quantization, device_map)
     model = _from_pretrained(
-        auto_class,
+        auto_class.from_pretrained,
         args.model_name_or_path,
         args,
         flag="--model_name_or_path",
         config=config,
         dtype=dtype,
+        use_safetensors=None if args.allow_pickle else True,
         **{"device_map": device_map, **quantized},
         **attention,
     )
@@ -387,10 +391,10 @@ def fit_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         model.resize_token_embeddings(len(tokenizer))
 
 
-def _from_pretrained(auto_class, name: str, args: ModelArguments, flag: str, **kwargs):
+def _from_pretrained(load: Callable, name: str, args: ModelArguments, flag: str, **kwargs):
     local = local_path(flag, name)
     try:
-        return auto_class.from_pretrained(
+        return load(
             name if local is None else str(local),
             revision=args.model_revision,
             cache_dir=args.cache_dir,
@@ -398,6 +402,10 @@ def _from_pretrained(auto_class, name: str, args: ModelArguments, flag: str, **k
             trust_remote_code=args.trust_remote_code,
             **{key: value for key, value in kwargs.items() if value is not None},
         )
+    except InputError:
+        raise
+    except UnpicklingError as error:
+        raise unpickling_failed(f"{flag} {name}", error) from error
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise InputError(f"{flag} {name}: {_reason(error, local is None)}") from error
 

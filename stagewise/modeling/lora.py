@@ -119,7 +119,7 @@ def _load_adapter(model: PreTrainedModel, path: str, task_type: str):
 
 def check_adapter(path: str, task_type: str) -> None:
     """Raise InputError unless `path` is a folder with a LoRA adapter that was trained for `task_type`."""
-    check_adapter_files("--peft_path", path)
+    check_adapter_files("--peft_path", path, allow_pickle=True)  # refused at the start, where it is not allowed
     config = read_json("--peft_path", Path(path, ADAPTER_CONFIG))
     if config.get("peft_type", "LORA") != "LORA":
         raise InputError(f"--peft_path {path}: is of peft's type {config['peft_type']}; give an adapter of type LORA")

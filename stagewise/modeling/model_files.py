@@ -7,6 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from stagewise.errors import InputError
+from stagewise.modeling.untrusted import check_adapter_settings, check_links, check_shard_names, refuse_pickle
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -36,14 +37,15 @@ def local_path(flag: str, name: str) -> Path | None:
     return None
 
 
-def check_model_files(flag: str, name: str, takes_adapter: bool = False) -> None:
+def check_model_files(flag: str, name: str, takes_adapter: bool = False, allow_pickle: bool = False) -> None:
     """Look through a model's folder; of a name on the hub nothing is known yet.
 
     Args:
         takes_adapter: the caller knows what to make of an adapter, which is not looked into.
+        allow_pickle: weights need not be safetensors.
 
     Raises:
-        InputError: no folder, no configuration that can be read, or weights that are missing or cut off.
+        InputError: no folder, no configuration that can be read, or weights that are missing, cut off, or pickled.
     """
     folder = local_path(flag, name)
     if folder is None:
@@ -62,7 +64,7 @@ def check_model_files(flag: str, name: str, takes_adapter: bool = False) -> None
         inside = f" (inside there is {runs[-1]}, of a run that has not ended)" if runs else ""
         raise InputError(f"{flag} {name}: no {CONFIG} there, so it is no model{inside}; give the folder of one")
     check_config_file(flag, folder / CONFIG)
-    _check_weights(flag, folder)
+    _check_weights(flag, folder, allow_pickle)
 
 
 def check_config_file(flag: str, path: Path) -> None:
@@ -78,17 +80,20 @@ def check_tokenizer_files(flag: str, name: str) -> None:
         raise InputError(f"{flag} {name}: no tokenizer there (tokenizer.json); give the folder of one")
 
 
-def check_adapter_files(flag: str, path: str) -> None:
-    """Raises InputError unless `path` is a folder with an adapter whose files can be read."""
+def check_adapter_files(flag: str, path: str, allow_pickle: bool = False) -> None:
+    """Raises InputError unless `path` is a folder with an adapter whose files can be read and stay within it."""
     folder = Path(path)
     if not folder.is_dir():
         raise InputError(f"{flag} {path}: no such folder; give the folder of an adapter")
     if not (folder / ADAPTER_CONFIG).is_file():
         raise InputError(f"{flag} {path}: no {ADAPTER_CONFIG} there; give the folder of an adapter")
-    read_json(flag, folder / ADAPTER_CONFIG)
+    check_links(f"{flag} {path}", folder)
+    check_adapter_settings(f"{flag} {path}", read_json(flag, folder / ADAPTER_CONFIG))
     if (folder / ADAPTER_WEIGHTS).is_file():
         tensor_shapes(flag, folder / ADAPTER_WEIGHTS)
-    elif not (folder / "adapter_model.bin").is_file():
+    elif (folder / "adapter_model.bin").is_file():
+        refuse_pickle(f"{flag} {path}", ["adapter_model.bin"], allow_pickle)
+    else:
         raise InputError(f"{flag} {path}: {ADAPTER_CONFIG} is there, but no {ADAPTER_WEIGHTS}; copy it there")
 
 
@@ -119,7 +124,7 @@ def tensor_shapes(flag: str, path: Path) -> Shapes:
         raise InputError(f"{flag} {path}: is cut off or damaged ({error}); {advice}") from None
 
 
-def _check_weights(flag: str, folder: Path) -> None:
+def _check_weights(flag: str, folder: Path, allow_pickle: bool) -> None:
     found = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if found is None:
         raise InputError(
@@ -127,15 +132,19 @@ def _check_weights(flag: str, folder: Path) -> None:
             "weights are trained with --config_name)"
         )
     if found.suffix == ".json":
-        _check_shards(flag, found)
-    elif found.suffix == ".safetensors":
+        _check_shards(flag, found, allow_pickle)
+        return
+    refuse_pickle(f"{flag} {folder}", [found.name], allow_pickle)
+    if found.suffix == ".safetensors":
         tensor_shapes(flag, found)
 
 
-def _check_shards(flag: str, index: Path) -> None:
+def _check_shards(flag: str, index: Path, allow_pickle: bool) -> None:
     shards = read_json(flag, index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise InputError(f"{flag} {index}: has no weight_map, so no shard is known; copy it anew")
+    check_shard_names(f"{flag} {index}", shards.values())
+    refuse_pickle(f"{flag} {index.parent}", shards.values(), allow_pickle)
     for shard in sorted(set(shards.values())):
         path = index.parent / shard
         if not path.is_file():

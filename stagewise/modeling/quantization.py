@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from stagewise.arguments import LoraArguments, ModelArguments
 from stagewise.distributed import uses_fsdp
 from stagewise.errors import InputError
+from stagewise.modeling.untrusted import unpickling_failed
 
 logger = logging.getLogger(__name__)
 
@@ -316,6 +318,7 @@ def load_trained_base(
     dtype: str,
     device: torch.device,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> PreTrainedModel:
     """The base of an adapter with the values it had in training; without an adapter simply the model.
 
@@ -333,16 +336,22 @@ def load_trained_base(
     if saved and trained.differs_from(saved):
         raise InputError(f"{name}: is saved as {saved}, and {adapter} was trained on {trained}; give the base of that")
     quantization = saved or trained.quantization
+    options: dict[str, Any] = {"dtype": dtype}
+    if quantization is not None:
+        require_bitsandbytes(f"{name} ({quantization})")
+        options = {"dtype": trained.dtype, **loading_options(config, quantization, device)}
+    try:
+        model = auto_class.from_pretrained(
+            name,
+            config=config,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=None if allow_pickle else True,
+            **options,
+        )
+    except UnpicklingError as error:
+        raise unpickling_failed(name, error) from error
     if quantization is None:
-        return auto_class.from_pretrained(name, config=config, dtype=dtype, trust_remote_code=trust_remote_code)
-    require_bitsandbytes(f"{name} ({quantization})")
-    model = auto_class.from_pretrained(
-        name,
-        config=config,
-        dtype=trained.dtype,
-        trust_remote_code=trust_remote_code,
-        **loading_options(config, quantization, device),
-    )
+        return model
     if dtype != "auto":
         cast_unquantized(model, getattr(torch, dtype))
     compute_dtype = trained.quantization.compute_dtype if trained.quantization else None

@@ -15,7 +15,7 @@ from types import ModuleType
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from stagewise.errors import InputError, first_line
 from stagewise.modeling.actor_critic import POLICY, REWARD, ActorCritic
@@ -24,6 +24,7 @@ from stagewise.modeling.loading import SCORE_HEADS, is_reward_model, prepare_sco
 from stagewise.modeling.model_files import check_adapter_files, check_model_files
 from stagewise.modeling.quantization import TrainedBase, quantization_of
 from stagewise.modeling.rope_scaling import config_of_adapter, max_positions
+from stagewise.modeling.untrusted import check_named_base, read_config
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +139,7 @@ def check_scorer(
     tokenizer,
     length: int,
     value_init: str = "auto",
+    allow_pickle: bool = False,
 ) -> None:
     """What load_scorer would refuse, found without weights.
 
@@ -152,20 +154,22 @@ def check_scorer(
         load_reward_function(reward_function, tokenizer)
     elif reward_model_path is not None:
         _require_reward_model(reward_model_path)
-        _check_base(reward_model_path, length)
+        _check_base(reward_model_path, str(policy), length, allow_pickle)
         _check_tokenizer(reward_model_path, tokenizer)
     if value_init == "reward_model" and not (reward_model_path and same_base(reward_model_path, str(policy))):
         raise InputError(NO_SHARED_BASE)
 
 
-def _check_base(path: str, length: int) -> None:
+def _check_base(path: str, policy: str, length: int, allow_pickle: bool) -> None:
     is_adapter = (Path(path) / "adapter_config.json").is_file()
     base = _adapter_base(path) if is_adapter else path
     if is_adapter:
-        check_adapter_files("--reward_model_path", path)
-        check_model_files(f"--reward_model_path {path}: its base", base)
+        check_adapter_files("--reward_model_path", path, allow_pickle)
+        if not same_base(path, policy):
+            check_named_base(f"--reward_model_path {path}", base)
+    check_model_files(f"--reward_model_path {path}: its base", base, allow_pickle=allow_pickle)
     try:
-        config = AutoConfig.from_pretrained(base)
+        config = read_config(f"--reward_model_path {path}", base)
     except (OSError, ValueError) as error:
         raise InputError(f"--reward_model_path {path}: its base: {first_line(error)}") from error
     positions = max_positions(config_of_adapter(config, path) if is_adapter else config)
@@ -215,6 +219,7 @@ def load_scorer(
     suffix: Sequence[int],
     batch_size: int,
     value_init: str = "auto",
+    allow_pickle: bool = False,
 ) -> RewardModel | RewardFunction:
     """The one of --reward_model_path and --reward_function that is given; see load_reward_model for the rest.
 
@@ -228,7 +233,7 @@ def load_scorer(
     if reward_function is not None:
         scorer: RewardModel | RewardFunction = load_reward_function(reward_function, tokenizer)
     else:
-        scorer = load_reward_model(str(reward_model_path), actor, tokenizer, suffix, batch_size)
+        scorer = load_reward_model(str(reward_model_path), actor, tokenizer, suffix, batch_size, allow_pickle)
     if isinstance(scorer, RewardModel) and scorer.shares_base and value_init != "zero":
         actor.start_value_at_reward(score_head(scorer.model))
     elif value_init == "reward_model":
@@ -236,7 +241,9 @@ def load_scorer(
     return scorer
 
 
-def load_reward_model(path: str, actor: ActorCritic, tokenizer, suffix: Sequence[int], batch_size: int) -> RewardModel:
+def load_reward_model(
+    path: str, actor: ActorCritic, tokenizer, suffix: Sequence[int], batch_size: int, allow_pickle: bool = False
+) -> RewardModel:
     """The reward model at `path`: its adapter joins the policy's base where it was trained on it; otherwise it is a
     model of its own in memory. Either way the log says so.
 
@@ -255,7 +262,7 @@ def load_reward_model(path: str, actor: ActorCritic, tokenizer, suffix: Sequence
         if model is not None:
             logger.info("reward model: the adapter %s, on the policy's own base", path)
             return RewardModel(model, suffix, lambda: actor.adapters.use(REWARD), batch_size)
-    model, _ = load_for_inference(path, scores=True, device=device)
+    model, _ = load_for_inference(path, scores=True, device=device, allow_pickle=allow_pickle)
     logger.info("reward model: %s, a model of its own in memory", path)
     model.requires_grad_(False)
     base = model.get_base_model() if hasattr(model, "peft_config") else model

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -31,6 +30,7 @@ from stagewise.modeling.quantization import (
     quantization_of,
 )
 from stagewise.modeling.rope_scaling import config_of_adapter
+from stagewise.modeling.untrusted import check_links, read_config
 from stagewise.run import lineage
 
 logger = logging.getLogger(__name__)
@@ -140,6 +140,7 @@ def load_base(
     device: torch.device,
     trust_remote_code: bool,
     onto: str = "trained",
+    allow_pickle: bool = False,
 ) -> MergeBase:
     """The base model in float32, with the RoPE scaling that the adapter was trained with.
 
@@ -156,15 +157,16 @@ def load_base(
     auto_class = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
 
     def load(config: PretrainedConfig, adapter: str | None) -> PreTrainedModel:
-        model = load_trained_base(auto_class, base_model, config, adapter, "float32", device, trust_remote_code)
+        model = load_trained_base(
+            auto_class, base_model, config, adapter, "float32", device, trust_remote_code, allow_pickle
+        )
         fit_embedding(model, tokenizer)
         if scores:
             prepare_scoring(model, tokenizer)
         return (model if is_quantized(model) else model.to(device)).eval()
 
     try:
-        config = AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
-        config = AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
+        config = read_config(f"--base_model {base_model}", base_model, trust_remote_code=trust_remote_code)
         config = config_of_adapter(config, lora_model)
         if scores:
             config.num_labels = 1
@@ -344,7 +346,12 @@ def save_merged(
 
 
 def copy_remote_code(base_model: str, folder: Path) -> None:
-    """The .py files that auto_map names travel with the weights, or the result could not be loaded."""
+    """The .py files that auto_map names travel with the weights, or the result could not be loaded.
+
+    Raises:
+        InputError: one is a link to somewhere else, whose content would end in the merged folder.
+    """
+    check_links(f"--base_model {base_model}", Path(base_model), "*.py")
     for source in Path(base_model).glob("*.py"):
         if not (folder / source.name).exists():
             shutil.copy2(source, folder)

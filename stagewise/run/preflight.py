@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, TrainingArguments, get_scheduler
+from transformers import TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from stagewise.data.sources import source_names
@@ -20,6 +20,7 @@ from stagewise.modeling.model_files import (
     check_tokenizer_files,
 )
 from stagewise.modeling.model_shape import adapter_base
+from stagewise.modeling.untrusted import check_links, check_named_base, read_config
 
 
 def check_start(arguments: Sequence[Any], models: Mapping[str, str | None] | None = None) -> None:
@@ -35,11 +36,12 @@ def check_start(arguments: Sequence[Any], models: Mapping[str, str | None] | Non
     model_args, lora_args, data_args, run_args, _, args = arguments
     for flag, name in {"--model_name_or_path": model_args.model_name_or_path, **(models or {})}.items():
         if name:
-            check_model_files(flag, name, takes_adapter=flag in ("--model_name_or_path", "--reward_model_path"))
+            takes_adapter = flag in ("--model_name_or_path", "--reward_model_path")
+            check_model_files(flag, name, takes_adapter, model_args.allow_pickle)
     if model_args.tokenizer_name_or_path:
         check_tokenizer_files("--tokenizer_name_or_path", model_args.tokenizer_name_or_path)
     if lora_args.peft_path:
-        check_adapter_files("--peft_path", lora_args.peft_path)
+        check_adapter_files("--peft_path", lora_args.peft_path, model_args.allow_pickle)
     for flag in ("train_file_dir", "validation_file_dir"):
         _check_data(f"--{flag}", getattr(data_args, flag))
     _check_reports(args)
@@ -62,8 +64,9 @@ def check_writable(flag: str, output: Path) -> None:
 
 def check_merge(args: Namespace) -> None:
     """What merge_peft_adapter.py will read, write and run on. Raises InputError for what is not there."""
-    check_model_files("--base_model", args.base_model)
-    check_adapter_files("--lora_model", args.lora_model)
+    check_model_files("--base_model", args.base_model, allow_pickle=args.allow_pickle)
+    check_adapter_files("--lora_model", args.lora_model, args.allow_pickle)
+    check_links(f"--base_model {args.base_model}", Path(args.base_model), "*.py")  # they are copied
     if args.tokenizer_path:
         check_tokenizer_files("--tokenizer_path", args.tokenizer_path)
     check_writable("--output_dir", Path(args.output_dir))
@@ -74,7 +77,7 @@ def check_merge(args: Namespace) -> None:
 def check_pair(base_model: str, lora_model: str, tokenizer, trust_remote_code: bool) -> None:
     """Raises InputError where the adapter is not for this base, going by its configuration."""
     try:
-        config = AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
+        config = read_config(f"--base_model {base_model}", base_model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise InputError(f"--base_model {base_model}: {first_line(error)}") from error
     check_adapter_on("--lora_model", lora_model, config, len(tokenizer), trust_remote_code)
@@ -87,12 +90,14 @@ def check_inference(args: Namespace) -> None:
         InputError: what is missing, cut off, or would be overwritten.
     """
     adapter, model = args.lora_model, args.model_name_or_path
-    check_model_files("--model_name_or_path", model, takes_adapter=adapter is None)
-    if adapter is None and Path(model, ADAPTER_CONFIG).is_file():
-        adapter, model = model, adapter_base(model) or ""
-        check_model_files(f"--model_name_or_path {adapter}: its base", model)
+    check_model_files("--model_name_or_path", model, adapter is None, args.allow_pickle)
     if adapter is not None:
-        check_adapter_files("--lora_model" if args.lora_model else "--model_name_or_path", adapter)
+        check_adapter_files("--lora_model", adapter, args.allow_pickle)
+    elif Path(model, ADAPTER_CONFIG).is_file():
+        check_adapter_files("--model_name_or_path", model, args.allow_pickle)
+        base = adapter_base(model) or ""
+        check_named_base(f"--model_name_or_path {model}", base, args.trust_remote_code)
+        check_model_files(f"--model_name_or_path {model}: its base", base, allow_pickle=args.allow_pickle)
     if args.tokenizer_path:
         check_tokenizer_files("--tokenizer_path", args.tokenizer_path)
     if args.device != "auto":
