@@ -602,7 +602,7 @@ def test_an_architecture_without_a_score_head_is_named_before_weights(tmp_path, 
     (model / "config.json").write_text(json.dumps({"model_type": "chatglm", "auto_map": auto_map}))
     (model / "pytorch_model.bin").touch()
     with pytest.raises(InputError, match="chatglm has no AutoModelForSequenceClassification.*llama.*DPO"):
-        run_rm(str(model), preference_file, tmp_path / "out")
+        run_rm(str(model), preference_file, tmp_path / "out", "--allow_pickle", "True")
 
 
 def test_a_reward_model_goes_on_and_a_classifier_does_not(tiny_model_dir, preference_file, merged_dir, tmp_path):

@@ -126,6 +126,7 @@ def load_conversations(
         if not row.dropped:
             return [{"input_ids": row.input_ids, "labels": row.labels, **_origin(record)}]
         if args.on_bad_row == "skip" or (encoding.on_too_long == "drop" and TOO_LONG in row.dropped):
+            logger.warning("row dropped: %s: %s", record["location"], row.dropped)
             return []
         raise InputError(f"{record['location']}: {row.dropped}; mend the row, or pass --on_bad_row skip")
 
