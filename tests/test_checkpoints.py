@@ -63,16 +63,25 @@ def test_damage_to_any_file_is_found_and_passed_over(damage, run_dir, tmp_path, 
         assert name in caplog.text
 
 
-def test_a_resume_goes_back_one_checkpoint(run_dir, tiny_model_dir, sft_file, tmp_path):
-    broken = tmp_path / "broken"
-    for step in (2, 4):
-        shutil.copytree(run_dir / f"checkpoint-{step}", broken / f"checkpoint-{step}")
-    optimizer = broken / "checkpoint-4" / "optimizer.pt"
-    optimizer.write_bytes(optimizer.read_bytes()[:-100])
-    run_sft(tiny_model_dir, sft_file, broken, *LORA, *STEPS, "--resume_from_checkpoint", "True")
-    assert losses(broken) == losses(run_dir)
-    assert_same_weights(run_dir, broken, rtol=0, atol=0)
-    assert checkpoint_problem(broken / "checkpoint-4") is None  # written anew
+def test_a_resume_goes_back_one_checkpoint(run_dir, tiny_model_dir, sft_file, tmp_path, capsys):
+    """Each file of the newest checkpoint in turn cut short: the run goes on from the one before, says so, and ends
+    where it would have ended.
+    """
+    for name in files(run_dir / "checkpoint-4"):
+        broken = tmp_path / name.replace("/", "-")
+        for step in (2, 4):
+            shutil.copytree(run_dir / f"checkpoint-{step}", broken / f"checkpoint-{step}")
+        victim = broken / "checkpoint-4" / name
+        victim.write_bytes(victim.read_bytes()[:-10])
+        capsys.readouterr()
+        run_sft(tiny_model_dir, sft_file, broken, *LORA, *STEPS, "--resume_from_checkpoint", "True")
+        said = capsys.readouterr().out
+        assert f"passing over {broken / 'checkpoint-4'}: {name}" in said
+        assert "step 3/4" in said
+        assert "step 2/4" not in said
+        assert losses(broken) == losses(run_dir)
+        assert_same_weights(run_dir, broken, rtol=0, atol=0)
+        assert checkpoint_problem(broken / "checkpoint-4") is None  # written anew
 
 
 def test_sealed_and_published(tmp_path):
