@@ -325,12 +325,12 @@ def test_a_restarted_group_does_not_look_where_the_dead_one_left_its_addresses(m
 
 def test_a_model_without_values_is_found_out(tmp_path):
     with pytest.raises(RuntimeError, match="no weights were written"):
-        check_saved(str(tmp_path))
+        check_saved(tmp_path)
     save_file({"a": torch.ones(2), "b": torch.empty(0)}, tmp_path / "model.safetensors")
     with pytest.raises(RuntimeError, match="without values: b"):
-        check_saved(str(tmp_path))
+        check_saved(tmp_path)
     save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
-    check_saved(str(tmp_path))
+    check_saved(tmp_path)
 
 
 def test_a_score_head_in_16_bits_needs_master_weights_under_zero3(tokenizer):

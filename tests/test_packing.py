@@ -25,7 +25,12 @@ def documents(*lengths: int) -> Dataset:
     for n in lengths:
         ids.append(list(range(start, start + n)))
         start += n
-    return Dataset.from_dict({"input_ids": ids, "length": list(lengths), "dataset": ["a"] * len(lengths)})
+    return Dataset.from_dict({"input_ids": ids, "length": list(lengths), **origin("a" * len(lengths))})
+
+
+def origin(names: str) -> dict[str, list[str]]:
+    """Columns for rows of the data sets of these names, a letter each, in a file of as many lines."""
+    return {"dataset": list(names), "location": [f"{name}.txt:{line}" for line, name in enumerate(names, 1)]}
 
 
 def test_best_fit_by_hand():
@@ -65,23 +70,24 @@ def test_next_fit_keeps_the_order_and_overfills_nothing(lengths):
 
 def test_sequential_packing_keeps_data_sets_apart_and_in_their_order():
     """Interleaved data sets stay interleaved, and no row holds two (the tail of one under the name of the other)."""
-    names = ["a", "b", "a", "b", "a", "b"]
-    rows = [{"input_ids": [i] * n, "labels": [i] * n, "length": n} for i, n in enumerate([3, 4, 2, 4, 5, 1])]
-    dataset = Dataset.from_list([{**row, "dataset": name} for row, name in zip(rows, names, strict=True)])
+    lengths = [3, 4, 2, 4, 5, 1]
+    ids = [[i] * n for i, n in enumerate(lengths)]
+    dataset = Dataset.from_dict({"input_ids": ids, "labels": ids, "length": lengths, **origin("ababab")})
     packed = pack_rows(dataset, 5, "sequential")
     assert packed.bins == [[0, 2], [1], [3, 5], [4]]
     assert [packed[i]["dataset"] for i in range(4)] == ["a", "b", "b", "a"]
+    assert [packed[i]["location"] for i in range(2)] == ["a.txt:1 + a.txt:3", "b.txt:2"]
 
 
 def test_blocks_by_hand_lose_nothing():
     blocks = pack_blocks(documents(5, 4, 7, 1), 6, load_from_cache=False)
     assert blocks["input_ids"][:] == [[10, 11, 12, 13, 14, 15], [16, 17, 18, 19, 20, 21], [22, 23, 24, 25, 26]]
     assert blocks["seq_lengths"][:] == [[5, 1], [3, 3], [4, 1]]
+    assert blocks["location"][:] == ["a.txt:1 to a.txt:2", "a.txt:2 to a.txt:3", "a.txt:3 to a.txt:4"]
 
 
 def test_blocks_never_hold_two_data_sets():
-    data = documents(3, 3).add_column("x", [0, 0]).remove_columns("x")
-    data = Dataset.from_dict({**data.to_dict(), "dataset": ["a", "b"]})
+    data = Dataset.from_dict({**documents(3, 3).to_dict(), **origin("ab")})
     blocks = pack_blocks(data, 8, load_from_cache=False)
     assert blocks["dataset"][:] == ["a", "b"]
     assert blocks["input_ids"][:] == [[10, 11, 12], [13, 14, 15]]
@@ -90,6 +96,7 @@ def test_blocks_never_hold_two_data_sets():
 def test_split_documents_cuts_long_ones():
     rows = split_documents(documents(5, 2), 3, load_from_cache=False)
     assert rows["input_ids"][:] == [[10, 11, 12], [13, 14], [15, 16]]
+    assert rows["location"][:] == ["a.txt:1", "a.txt:1", "a.txt:2"]
 
 
 def test_collator_of_packed_rows_by_hand():
@@ -142,7 +149,7 @@ def tokenized():
     lengths = [int(n) for n in rng.integers(3, 40, 17)]
     ids = [rng.integers(10, 590, n).tolist() for n in lengths]
     labels = [[IGNORE_INDEX if rng.random() < 0.4 else token for token in row] for row in ids]
-    return Dataset.from_dict({"input_ids": ids, "labels": labels, "length": lengths, "dataset": ["a"] * len(ids)})
+    return Dataset.from_dict({"input_ids": ids, "labels": labels, "length": lengths, **origin("a" * len(ids))})
 
 
 def total_nll(model, rows, batch_size):
@@ -193,7 +200,7 @@ def test_packing_gradients_equal_unpacked_ones(model, tokenized):
 def test_packing_keeps_data_sets_in_rows_of_their_own():
     data = Dataset.from_dict(
         {"input_ids": [[1, 2], [3, 4], [5, 6]], "labels": [[1, 2], [3, 4], [5, 6]], "length": [2, 2, 2]}
-        | {"dataset": ["a", "b", "a"]}
+        | origin("aba")
     )
     packed = PackedDataset(data, 8)
     assert sorted((row["dataset"], sorted(row["input_ids"])) for row in packed) == [

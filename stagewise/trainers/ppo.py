@@ -451,7 +451,7 @@ class PPOTrainer(StageTrainerMixin, Trainer):
         self.actor.save_policy(str(folder))
         self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
-        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+        if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
             self.actor.save_value_model(str(folder))
             (folder / STATE_FILE).write_text(json.dumps({"kl_coef": self.kl_coef}) + "\n", encoding="utf-8")
 
