@@ -9,4 +9,5 @@ install_requirements requirements-dev.txt
 ruff check .
 ruff format --check .
 mypy
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
