@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from stagewise.run.checkpoints import checkpoint_problem
 from stagewise.run.exit_codes import run_script
 from tests.stages import FULL, LORA, losses, run_pt, run_rm, run_sft, weights
 
+ROOT = Path(__file__).resolve().parents[1]
 POISON = "ǂ"  # in one row of the data, and the embedding of its first byte is not a number
 
 
@@ -99,6 +103,30 @@ def test_the_log_has_the_mean_of_the_steps_that_were_taken(poisoned_model, poiso
 
     taken = [loss for loss in logged("each", "1").values() if not math.isnan(loss)]
     assert logged("all", "6") == {6: pytest.approx(sum(taken) / 5, rel=1e-6)}
+
+
+def test_two_processes_leave_out_the_same_step(poisoned_model, poisoned_file, tmp_path):
+    """The loss of one process is not finite, the other's is: both leave the step out, and name that process's rows."""
+    flags = [
+        "--train_file_dir", poisoned_file, "--model_name_or_path", poisoned_model, "--template_name", "chatml",
+        "--model_max_length", "128", "--logging_steps", "1", "--learning_rate", "5e-3", "--lora_rank", "4",
+        "--lora_dropout", "0", *EPOCH, "--save_strategy", "no", "--on_nan", "skip", "--seed", "3",
+    ]  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29841"]
+    for name, launch, rows in (("one", [sys.executable], "4"), ("two", torchrun, "2")):
+        output = ["--output_dir", str(tmp_path / name), "--per_device_train_batch_size", rows]
+        done = subprocess.run(
+            [*launch, "supervised_finetuning.py", *flags, *output], cwd=ROOT, capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        (told,) = {line.split("WARNING")[1] for line in done.stdout.splitlines() if "left out: step" in line}
+        assert f"{poisoned_file}:17" in told
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert one == pytest.approx(two, rel=1e-4, nan_ok=True)
+    first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-4)
 
 
 def test_packed_rows_streamed_rows_and_blocks_are_named(poisoned_model, poisoned_file, tmp_path):
