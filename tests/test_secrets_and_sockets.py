@@ -31,9 +31,29 @@ def test_tokens_are_written_nowhere(tiny_model_dir, sft_file, tmp_path, capfd, m
     assert os.environ["HF_TOKEN"] == tokens["--hub_token"]  # where a push finds it
 
 
-# All stages, a merge and an answer in one process, with every address it connects to or looks up.
+def test_dpo_called_from_python_reports_nothing(tiny_model_dir, preference_file, tmp_path, monkeypatch):
+    """Where huggingface_hub was imported before, as in a notebook; and nothing else keeps trl quiet."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _telemetry
+
+    import dpo_training
+
+    begun = []
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
+    monkeypatch.setattr(constants, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(_telemetry, "_start_telemetry_thread", lambda: begun.append(True))
+    dpo_training.main(
+        ["--model_name_or_path", tiny_model_dir, "--train_file_dir", preference_file, "--output_dir",
+         str(tmp_path / "out"), "--template_name", "chatml", "--max_length", "128", "--max_steps", "1",
+         "--per_device_train_batch_size", "2", "--save_strategy", "no", "--report_to", "none"]
+    )  # fmt: skip
+    assert not begun
+
+
+# Scripts run as a user runs them, in one process, with every address it connects to or looks up.
 WATCHED = """
-import importlib, json, os, sys
+import json, runpy, sys
 
 asked = []
 def watch(event, args):
@@ -45,10 +65,9 @@ def watch(event, args):
         asked.append(args[1][0])
 sys.addaudithook(watch)
 
-from stagewise.run.exit_codes import run_script
-jobs = json.loads(open(sys.argv[1]).read())
-for script, argv in jobs:
-    run_script(lambda: importlib.import_module(script).main(argv))
+for script, argv in json.loads(open(sys.argv[1]).read()):
+    sys.argv = [f"{script}.py", *argv]
+    runpy.run_path(sys.argv[0], run_name="__main__")
 print("asked:", json.dumps([str(name) for name in asked]))
 """
 
@@ -91,7 +110,9 @@ def test_a_run_opens_no_connection(jobs, tmp_path):
     """Under a network of its own without even a loopback where the system allows it, so that nothing can get out."""
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     apart = ["unshare", "--user", "--map-root-user", "--net"] if can_unshare() else []
-    online = {name: value for name, value in os.environ.items() if not name.startswith(("HF_HUB", "TRANSFORMERS"))}
+    # nothing that would keep a library quiet: trl says nothing where CI is set
+    quiet = ("HF_HUB", "TRANSFORMERS", "CI", "DISABLE_TELEMETRY", "DO_NOT_TRACK")
+    online = {name: value for name, value in os.environ.items() if not name.startswith(quiet)}
     done = subprocess.run(
         [*apart, sys.executable, "-c", WATCHED, str(tmp_path / "jobs.json")],
         cwd=ROOT, env={**online, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,

@@ -1,6 +1,5 @@
 """Load what a stage left behind, and generate from it, or score with it."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import (
 from stagewise.errors import InputError, first_line
 from stagewise.modeling.loading import fit_embedding, is_reward_model, prepare_scoring
 from stagewise.modeling.model_check import check_adapter_on
+from stagewise.modeling.model_shape import adapter_base
 from stagewise.modeling.quantization import is_quantized, load_trained_base
 from stagewise.modeling.rope_scaling import (
     AS_TRAINED,
@@ -87,7 +87,7 @@ def load_for_inference(
     flag = "--lora_model" if adapter_path else "--model_name_or_path"
     if adapter_path is None and (Path(model_path) / "adapter_config.json").is_file():
         adapter_path = model_path
-        model_path = json.loads((Path(adapter_path) / "adapter_config.json").read_text())["base_model_name_or_path"]
+        model_path = adapter_base(adapter_path) or ""
     tokenizer_path = tokenizer_path or _first_with_tokenizer(adapter_path, model_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=trust_remote_code)

@@ -4,7 +4,6 @@ import copy
 import functools
 import importlib
 import importlib.util
-import json
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from stagewise.modeling.actor_critic import POLICY, REWARD, ActorCritic
 from stagewise.modeling.generation import load_for_inference
 from stagewise.modeling.loading import SCORE_HEADS, is_reward_model, prepare_scoring
 from stagewise.modeling.model_files import check_adapter_files, check_model_files
+from stagewise.modeling.model_shape import adapter_base
 from stagewise.modeling.quantization import TrainedBase, quantization_of
 from stagewise.modeling.rope_scaling import config_of_adapter, max_positions
 from stagewise.modeling.untrusted import check_named_base, read_config
@@ -162,7 +162,7 @@ def check_scorer(
 
 def _check_base(path: str, policy: str, length: int, allow_pickle: bool) -> None:
     is_adapter = (Path(path) / "adapter_config.json").is_file()
-    base = _adapter_base(path) if is_adapter else path
+    base = (adapter_base(path) or "") if is_adapter else path
     if is_adapter:
         check_adapter_files("--reward_model_path", path, allow_pickle)
         if not same_base(path, policy):
@@ -288,7 +288,7 @@ def _check_tokenizer(path: str, tokenizer):
     """The reward model's tokenizer; it must give the policy's ids, which the reward model reads as they are."""
     folder = path
     if not (Path(path) / "tokenizer_config.json").is_file() and (Path(path) / "adapter_config.json").is_file():
-        folder = _adapter_base(path)
+        folder = adapter_base(path) or path
     try:
         found = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -304,15 +304,11 @@ def _check_tokenizer(path: str, tokenizer):
     return found
 
 
-def _adapter_base(path: str) -> str:
-    return json.loads(Path(path, "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-
-
 def same_base(path: str, policy_path: str) -> bool:
     """Whether `path` is an adapter that was trained on the checkpoint at `policy_path`."""
-    if not (Path(path) / "adapter_config.json").is_file():
+    base = adapter_base(path)
+    if base is None:
         return False
-    base = _adapter_base(path)
     return base == policy_path or (Path(base).exists() and Path(base).resolve() == Path(policy_path).resolve())
 
 

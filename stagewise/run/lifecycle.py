@@ -209,10 +209,6 @@ def _hide_token(args) -> None:
 def _early_stopping(args, stalls: int):
     from transformers import EarlyStoppingCallback
 
-    if args.eval_strategy == "no":
-        raise InputError(
-            "--early_stopping_stall_num: needs evaluations; pass --eval_strategy steps (and --eval_steps)"
-        )
     _look_for_best(args)
     return EarlyStoppingCallback(early_stopping_patience=stalls)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -27,8 +26,10 @@ def dpo_config(args: TrainingArguments, **options: Any):
     Raises:
         InputError: trl refuses the combination.
     """
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # trl reports its use otherwise
+    from huggingface_hub import constants
     from trl import DPOConfig
+
+    constants.HF_HUB_DISABLE_TELEMETRY = True  # trl reports its use; the environment is read when that is imported
 
     known = {field.name for field in dataclasses.fields(DPOConfig) if field.init}
     values = {

@@ -13,7 +13,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from stagewise.checkpoint_files import PARTIAL, publish, saving, seal
 from stagewise.data.collators import LOCATION, WithLocations
-from stagewise.errors import InputError
 from stagewise.modeling.neftune import embedding_noise
 from stagewise.trainers.step_guard import StepGuard
 
@@ -71,8 +70,7 @@ class StageTrainerMixin(_Base):
     def create_scheduler(self, num_training_steps, optimizer=None):
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if self.min_lr is not None and not getattr(scheduler, "has_floor", False):
-            if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-                raise InputError(f"--min_lr: --lr_scheduler_type {self.args.lr_scheduler_type} takes no floor")
+            assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)  # others take no floor: check_start
             scheduler.lr_lambdas = [
                 _with_floor(schedule, self.min_lr / base)
                 for schedule, base in zip(scheduler.lr_lambdas, scheduler.base_lrs, strict=True)
