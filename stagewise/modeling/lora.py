@@ -14,7 +14,7 @@ from stagewise.modeling.model_files import ADAPTER_CONFIG, check_adapter_files, 
 from stagewise.modeling.precision import hold_in_float32
 from stagewise.modeling.quantization import TrainedBase, quantization_of, quantized_inside
 from stagewise.modeling.rope_scaling import check_peft_path
-from stagewise.modeling.sharded import shape_of
+from stagewise.modeling.sharded import gather_in_one_call, shape_of
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,9 @@ def attach_adapter(
         _report_left_out(peft_model, wanted)
     if args.trainable_params:
         _train_in_float32(peft_model)
+    head = peft_model.get_base_model().get_output_embeddings()
+    if head is not None:
+        gather_in_one_call(head)  # with an adapter on it, it is several modules
     trainable, total = peft_model.get_nb_trainable_parameters()
     logger.info(
         "LoRA: %s of %s parameters are trained (%.2f%%)", f"{trainable:,}", f"{total:,}", 100 * trainable / total

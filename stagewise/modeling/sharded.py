@@ -30,6 +30,20 @@ def whole(parameters: Iterable[nn.Parameter], changes: bool = False) -> Abstract
     return zero.GatheredParameters(sharded, modifier_rank=0 if changes else None)
 
 
+def gather_in_one_call(module: nn.Module) -> None:
+    """Under ZeRO-3 the parameters of all modules inside of this one are whole while it is called.
+
+    Otherwise each call of a module inside asks all processes for its parameters, and how often processes call it need
+    not be equal: a head is used once for each chunk of the tokens that a process trains.
+    """
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if is_deepspeed_zero3_enabled():
+        from deepspeed.utils import set_z3_leaf_module
+
+        set_z3_leaf_module(module, True)
+
+
 @contextmanager
 def module_by_module(model: nn.Module) -> Iterator[None]:
     """Let a sharded model run: each module has its own parameters whole while it is called, and only then.

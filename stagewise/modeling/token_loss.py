@@ -2,7 +2,8 @@
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -91,31 +92,49 @@ def install_token_loss(model: nn.Module, label_smoothing: float = 0.0, router_lo
 
 
 def _head_loss(model, hidden, targets, weights, transform, label_smoothing):
+    """The loss, computed inside of one call of the head.
+
+    Engines that shard parameters (ZeRO-3, FSDP) make them whole around the call of the module that has them, which all
+    processes have to come to equally often: once, whatever number of tokens each of them trains, none included.
+    """
     head = model.get_output_embeddings()
-    if transform is None and _is_plain_linear(head):
-        return linear_cross_entropy(hidden, head.weight, targets, weights, head.bias, label_smoothing)
-    vocab_size = model.config.get_text_config().vocab_size
-    return head_cross_entropy(
-        hidden,
-        head if transform is None else lambda h: transform(head(h)),
-        targets,
-        weights,
-        vocab_size,
-        label_smoothing,
-    )
+    own, plain = head.forward, transform is None and _is_plain_linear(head)
+
+    def loss(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        if plain:
+            return linear_cross_entropy(hidden, head.weight, targets, weights, head.bias, label_smoothing)
+        return head_cross_entropy(
+            hidden,
+            own if transform is None else lambda h: transform(own(h)),
+            targets,
+            weights,
+            model.config.get_text_config().vocab_size,
+            label_smoothing,
+            [parameter for parameter in head.parameters() if parameter.requires_grad],
+        )
+
+    with _forward_of(head, loss):
+        return head(hidden)
+
+
+@contextmanager
+def _forward_of(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Within it a call of the module, with its hooks, is a call of `forward`."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def _is_plain_linear(head: nn.Module) -> bool:
-    """Whether the head's matrix can be used directly: no adapter or quantization on it, not sharded (ZeRO-3, FSDP).
-
-    Sharded parameters are gathered by hooks that fire only when the module itself is called.
-    """
-    return (
-        type(head) is nn.Linear
-        and type(head.weight) is nn.Parameter
-        and not hasattr(head.weight, "ds_id")
-        and not head._forward_pre_hooks
-    )
+    """Whether logits are hidden @ weight.T + bias: no adapter or quantization, no forward of somebody else's (as
+    accelerate's, which fetches weights from where it keeps them)."""
+    plain = type(head) is nn.Linear and head.weight.is_floating_point()
+    return plain and getattr(head.forward, "__func__", None) is nn.Linear.forward
 
 
 def last_hidden_state(model, *args, **kwargs) -> Tensor:
