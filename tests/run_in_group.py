@@ -47,6 +47,8 @@ def allow_fsdp_on_cpu() -> None:
         if fsdp_plugin is not None:
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             self.fsdp_plugin = fsdp_plugin
+            if self._mixed_precision != "no":  # as it does on accelerators
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
 
     AcceleratorState.__init__ = with_fsdp
 

@@ -13,7 +13,6 @@ they are made for weights of tokens that are 1 at most, not for 1/N, and multipl
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -22,9 +21,9 @@ IGNORE_INDEX = -100
 MAX_LOGITS_ELEMENTS, MIN_CHUNK_ROWS = 2**24, 256
 # Columns of a head's gradient that are multiplied at a time where the product has to be converted to fp32.
 GRADIENT_COLUMNS = 2**14
-# What gradients in fp16 are multiplied by on their way through the head. A logit's gradient is a probability, and those
-# of a large vocabulary are below fp16's smallest normal number, 6e-5. In a product with the head's matrix it grows to
-# 2 * 2**8 times the largest weight, and fp16 ends at 65504.
+# What gradients in fp16 are multiplied by on their way through the head. At a logit they are probabilities, many of them
+# below fp16's smallest normal number, 6e-5. Behind a product with the head's matrix they are up to 2 * 2**8 times its
+# largest weight, and fp16 ends at 65504.
 FP16_SCALE = 2.0**8
 
 
@@ -184,9 +183,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
             matrix = weight.to(dtype)  # a bf16 model with an fp32 head multiplies in the head's precision
+            # one buffer for all chunks: fresh memory costs a CPU as much time as all that is done to the logits
+            buffer = hidden.new_empty((chunks[0].stop if chunks else 0, len(weight)), dtype=torch.float32)
             for rows in chunks:
                 h = hidden[rows].to(dtype)
-                logits = _product(h, matrix.t())
+                logits = _product(h, matrix.t(), buffer[: len(h)])
                 if bias is not None:
                     logits += bias
                 grad = summands.add(rows, logits, need_hidden or need_weight or need_bias)
@@ -251,11 +252,13 @@ def _multiplied_in(hidden: Tensor, dtype: torch.dtype) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32, not rounded to the type of a and b on the way where the device can do that."""
-    if a.dtype != torch.float32 and a.is_cuda and torch.version.hip is None:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).float()
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """out = a @ b in fp32, not rounded to the type of a and b on the way where the device can do that."""
+    if a.dtype == torch.float32:
+        return torch.mm(a, b, out=out)
+    if a.is_cuda and torch.version.hip is None:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return out.copy_(a @ b)
 
 
 def _add_product(total: Tensor, grad: Tensor, h: Tensor) -> None:
@@ -266,8 +269,9 @@ def _add_product(total: Tensor, grad: Tensor, h: Tensor) -> None:
         total.addmm_(grad.t(), h)
         return
     # a few columns of the gradient at a time: the product is a matrix of its own before it is added
+    buffer = total.new_empty((GRADIENT_COLUMNS, total.shape[1]))
     for part, columns in zip(total.split(GRADIENT_COLUMNS), grad.split(GRADIENT_COLUMNS, dim=1), strict=True):
-        part += _product(columns.t(), h)
+        part += _product(columns.t(), h, buffer[: len(part)])
 
 
 def _times(gradients: Sequence[Tensor | None], factor: Tensor, dtypes: Sequence[torch.dtype]) -> list[Tensor | None]:

@@ -22,6 +22,7 @@ from stagewise.errors import InputError
 from stagewise.losses.logprobs import token_logprobs
 from stagewise.modeling.loading import load_causal_lm
 from stagewise.modeling.lora import attach_adapter
+from stagewise.modeling.precision import Float32Linear
 from stagewise.modeling.quantization import Quantization
 from stagewise.modeling.token_loss import hidden_states_reproduce_logits, last_hidden_state, logit_transform
 
@@ -148,7 +149,7 @@ class ActorCritic(nn.Module):
         self._reference_adapters = (REFERENCE,) if keeps_adapter else ()
         hidden_size = self.config.get_text_config().hidden_size
         # V = 0 at the start: the first advantages are those of the rewards alone, not of a random head
-        self.value_head = nn.Linear(hidden_size, 1, device=self.base.get_input_embeddings().weight.device)
+        self.value_head = Float32Linear(hidden_size, 1, device=self.base.get_input_embeddings().weight.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.share_adapters()
@@ -208,9 +209,7 @@ class ActorCritic(nn.Module):
         with self._with(VALUE):
             decoder = self.base.get_decoder() if self.value_model is None else self.value_model
             hidden = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        states = _gather_states(hidden, batch)[mask].float()
-        with torch.autocast(states.device.type, enabled=False):
-            values = _scatter(self.value_head(states).squeeze(-1), mask)
+        values = _scatter(self.value_head(_gather_states(hidden, batch)[mask]).squeeze(-1), mask)
         return logprobs, values, entropies
 
     def policy_logprobs(self, batch: CompletionBatch) -> Tensor:

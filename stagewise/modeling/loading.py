@@ -27,7 +27,7 @@ from stagewise.errors import InputError, first_line
 from stagewise.modeling.attention import is_flash, require_flash_attention
 from stagewise.modeling.experts import find_router_loss, gather_experts_together
 from stagewise.modeling.model_files import check_config_file, check_tokenizer_files, local_path, read_json
-from stagewise.modeling.precision import upcast_norms
+from stagewise.modeling.precision import multiply_in_float32, upcast_norms
 from stagewise.modeling.quantization import Quantization, loading_options, settle_quantized
 from stagewise.modeling.rope_scaling import (
     check_rope,
@@ -278,7 +278,8 @@ def is_reward_model(name: str) -> bool:
 
 
 def prepare_scoring(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Tell the model which token is padding, and keep its head in float32 whatever the other weights are.
+    """Tell the model which token is padding, and keep its head in float32, weights and
+    products, whatever the rest of the model is in.
 
     Raises:
         InputError: the head is none that an adapter would train and save.
@@ -287,12 +288,13 @@ def prepare_scoring(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     head = next((getattr(model, name) for name in SCORE_HEADS if hasattr(model, name)), None)
     if head is None:
         raise InputError(f"{type(model).__name__}: has no head called {' or '.join(SCORE_HEADS)}; choose another base")
+    multiply_in_float32(head)
     if any(parameter.dtype != torch.float32 for parameter in head.parameters()):
         # a learning rate of 1e-5 would be lost in bf16's eight bits
         if is_sharded(model):
             _require_master_weights(head)
-            return
-        head.float().register_forward_pre_hook(_float32_input)
+        else:
+            head.float()
 
 
 def _require_master_weights(head: nn.Module) -> None:
@@ -311,10 +313,6 @@ def _require_master_weights(head: nn.Module) -> None:
             f"--deepspeed: ZeRO-3 would train the score head in {found}, which loses small steps; add --bf16 True "
             "(float32 copies are kept then), or --dtype float32"
         )
-
-
-def _float32_input(head: nn.Module, inputs: tuple) -> tuple:
-    return (inputs[0].float(), *inputs[1:])
 
 
 def reserve_padding(tokenizer: PreTrainedTokenizerBase, stop_tokens: tuple[str, ...]) -> None:

@@ -4,6 +4,7 @@ import functools
 import logging
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 logger = logging.getLogger(__name__)
@@ -16,6 +17,25 @@ def hold_in_float32(module: nn.Module, dtype: torch.dtype) -> None:
     module.float()
     module.register_forward_pre_hook(_input_in_own_dtype)
     module.register_forward_hook(functools.partial(_output_in_dtype, dtype))
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that multiplies in float32, whatever its weights and inputs are in and whether autocast is on.
+
+    What it gives is a score, or a value, that others are subtracted from: of bf16's eight bits little would be left.
+    DeepSpeed rounds all weights of a model to 16 bits, this layer's too, and keeps float32 copies of what it trains.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return F.linear(input.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+
+
+def multiply_in_float32(module: nn.Module) -> None:
+    """Make every plain linear layer of the module one that multiplies in float32."""
+    for layer in module.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = Float32Linear
 
 
 def upcast_norms(model: nn.Module) -> int:

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 
 import torch
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 
 def shape_of(parameter: torch.Tensor) -> torch.Size:
@@ -30,14 +31,24 @@ def whole(parameters: Iterable[nn.Parameter], changes: bool = False) -> Abstract
     return zero.GatheredParameters(sharded, modifier_rank=0 if changes else None)
 
 
+def settle_sharded(model: nn.Module) -> None:
+    """Give all that is trained under ZeRO-3 one data type, the one of 16 bits; float32 copies are DeepSpeed's.
+
+    Weights are loaded, and copied (modules_to_save), in the 16 bits of --bf16, and adapters are made in float32.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    halves = {parameter.dtype for parameter in trained} - {torch.float32}
+    if is_deepspeed_zero3_enabled() and halves:
+        for parameter in trained:
+            parameter.data = parameter.data.to(*halves)
+
+
 def gather_in_one_call(module: nn.Module) -> None:
     """Under ZeRO-3 the parameters of all modules inside of this one are whole while it is called.
 
     Otherwise each call of a module inside asks all processes for its parameters, and how often processes call it need
     not be equal: a head is used once for each chunk of the tokens that a process trains.
     """
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
     if is_deepspeed_zero3_enabled():
         from deepspeed.utils import set_z3_leaf_module
 

@@ -1,5 +1,6 @@
 """What the Trainer of every stage does: throughput in the log, a floor of the learning rate, noise on embeddings."""
 
+import dataclasses
 import math
 import shutil
 import time
@@ -14,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from stagewise.checkpoint_files import PARTIAL, publish, saving, seal
 from stagewise.data.collators import LOCATION, WithLocations
 from stagewise.modeling.neftune import embedding_noise
+from stagewise.modeling.sharded import settle_sharded
 from stagewise.trainers.step_guard import StepGuard
 
 # What collators add beside the model's inputs.
@@ -45,6 +47,8 @@ class StageTrainerMixin(_Base):
         arguments.remove_unused_columns = False  # the collator picks what the model gets
         arguments.logging_nan_inf_filter = False  # it would hide a loss, and wait for the device in every micro-batch
         super().__init__(*args, **kwargs)
+        settle_sharded(self.model)
+        _keep_float32(self.accelerator)
         self.step_guard = StepGuard(on_nan, max_loss, gradients_may_overflow=self.args.fp16)
         self.neftune_noise_alpha = None  # the noise is ours, see train
         self.min_lr = min_lr
@@ -167,6 +171,13 @@ class StageTrainerMixin(_Base):
             if self.state.global_step == self._initial_global_step:
                 self._clock, self._paused_s = time.perf_counter(), 0.0
 
+    def _prepare_input(self, data):
+        """To the device, and no more: under DeepSpeed the Trainer rounds all numbers to 16 bits, and ours are weights
+        of tokens, margins, log-probabilities; nothing that a model multiplies."""
+        if isinstance(data, Tensor):
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
+
     def get_train_dataloader(self):
         collate = self.data_collator  # type: ignore[has-type]
         self.data_collator = WithLocations(collate)
@@ -193,6 +204,16 @@ class StageTrainerMixin(_Base):
             model.zero_grad()
             self._tr_loss.copy_(self._loss_before)
         return grad_norm
+
+
+def _keep_float32(accelerator) -> None:
+    """FSDP 2 with 16 bits casts parameters, and neither what goes into the model (weights of tokens) nor what comes
+    out (the loss); gradients of the processes are summed up in float32, as they are without it."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(
+            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
+        )
 
 
 def _with_floor(schedule, floor: float):
