@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import Trainer, TrainerCallback
 
+from stagewise.distributed import decide_on_first
 from stagewise.errors import InputError
 
 STREAM_POSITION = "stream_position.json"
@@ -60,15 +61,11 @@ class SaveOnSignal(TrainerCallback):
 
 
 def stream_position_writer(trainer: Trainer) -> Callable[[Path], None]:
-    """Writes into the folder of a checkpoint where in a stream of rows it is taken; does nothing for other data sets.
-
-    A stream has `state_after(batches)` and `load_state(state)`; with several processes the first one reads for all.
-    """
+    """Writes where in a stream of rows a checkpoint is taken into its folder; does nothing for other data sets."""
 
     def write(folder: Path) -> None:
-        if hasattr(trainer.train_dataset, "state_after") and trainer.is_world_process_zero():
-            position = trainer.train_dataset.state_after(trainer.state.global_step)
-            (folder / STREAM_POSITION).write_text(json.dumps(position), encoding="utf-8")
+        if trainer.stream_position is not None and trainer.is_world_process_zero():
+            (folder / STREAM_POSITION).write_text(trainer.stream_position, encoding="utf-8")
 
     return write
 
@@ -118,9 +115,13 @@ def resume_stream(trainer: Trainer, checkpoint: str) -> None:
     if not hasattr(dataset, "load_state"):
         return
     path = Path(checkpoint) / STREAM_POSITION
-    if not path.is_file():
-        raise InputError(f"{checkpoint}: was not written by a run with --streaming; resume without it")
-    dataset.load_state(json.loads(path.read_text(encoding="utf-8")))
+
+    def read() -> str:
+        if not path.is_file():
+            raise InputError(f"{checkpoint}: was not written by a run with --streaming; resume without it")
+        return path.read_text(encoding="utf-8")
+
+    dataset.load_state(json.loads(decide_on_first(read)))  # another machine may have no copy of it
     trainer.args.ignore_data_skip = True  # the Trainer would read and throw away what the stream has passed
     trainer.add_callback(_RestoreRandomState(trainer, checkpoint))
 

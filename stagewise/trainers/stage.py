@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from stagewise.checkpoint_files import PARTIAL, publish, saving, seal
 from stagewise.data.collators import LOCATION, WithLocations
+from stagewise.data.streaming import POSITION
 from stagewise.modeling.neftune import embedding_noise
 from stagewise.trainers.step_guard import StepGuard
 
@@ -50,6 +51,7 @@ class StageTrainerMixin(_Base):
         self.min_lr = min_lr
         # called with the folder of a checkpoint while it is written, on the process that saves
         self.checkpoint_writers: list[Callable[[Path], object]] = []
+        self.stream_position: str | None = None  # after the step in hand, of a stream of rows
         self._run_dir: str | None = None  # where a checkpoint is being written
         self._new_tokens: Tensor | None = None  # since the last log; on the device
         self._loss_before: Tensor | None = None  # the Trainer's sum of losses before the step in hand
@@ -180,6 +182,7 @@ class StageTrainerMixin(_Base):
         if not self.step_guard.in_step:
             self._loss_before = self._tr_loss.clone()
         locations = inputs.pop(LOCATION, None)
+        self.stream_position = inputs.pop(POSITION, None)
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.step_guard.add(loss, locations)
         return loss
