@@ -247,6 +247,10 @@ STAGES = {
 }
 
 
+CASES = [("ddp", "pt"), ("ddp", "pt-apart"), ("ddp", "sft"), ("zero2", "sft"), ("zero3", "pt"), ("zero3", "sft")]
+RESUMED = [("ddp", "pt"), ("ddp", "sft"), ("zero3", "sft")]
+
+
 @pytest.fixture(scope="module")
 def streamed(tiny_model_dir, uneven_rows, text_file, tmp_path_factory) -> Path:
     """A folder with runs of one process (STAGE) and of two (ENGINE-STAGE, and resumed ENGINE-STAGE-on)."""
@@ -276,12 +280,12 @@ def streamed(tiny_model_dir, uneven_rows, text_file, tmp_path_factory) -> Path:
 
     launch(1, [command(stage, folder / stage, 4) for stage in STAGES])
     jobs = []
-    for engine, flags in ENGINES.items():
-        for stage in STAGES:
-            run = folder / f"{engine}-{stage}"
+    for engine, stage in CASES:  # DDP before DeepSpeed, which leaves its marks on the process
+        run, flags = folder / f"{engine}-{stage}", ENGINES[engine]
+        jobs.append(command(stage, run, 2, *flags))
+        if (engine, stage) in RESUMED:
             checkpoint = ("--resume_from_checkpoint", str(run / "checkpoint-7"))
-            jobs.append(command(stage, run, 2, *flags))
-            jobs.append(command(stage, folder / f"{engine}-{stage}-on", 2, *flags, *checkpoint))
+            jobs.append(command(stage, Path(f"{run}-on"), 2, *flags, *checkpoint))
     (folder / "log").write_text(launch(2, jobs))
     return folder
 
@@ -290,8 +294,7 @@ def rows_of(run: Path, process: int) -> list[list[str]]:
     return [json.loads(line) for line in (run / f"rows_{process}.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("engine", "stage"), CASES)
 def test_two_processes_are_one(engine, stage, streamed):
     alone, together = streamed / stage, streamed / f"{engine}-{stage}"
     assert len(losses(alone)) == 8
@@ -311,8 +314,7 @@ def test_each_row_is_read_once(streamed, uneven_rows):
     assert (streamed / "log").read_text().count("read through; from here on they are read again") > 0
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("engine", "stage"), RESUMED)
 def test_two_processes_go_on(engine, stage, streamed):
     """After step 7, which is past the end of the file."""
     whole, resumed = streamed / f"{engine}-{stage}", streamed / f"{engine}-{stage}-on"
