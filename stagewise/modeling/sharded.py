@@ -1,10 +1,11 @@
-"""Models whose parameters ZeRO-3 has shared out among processes: their shapes, and a forward pass before training."""
+"""Models whose parameters are shared out among processes: shapes, soundness, and a forward pass before training."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 def shape_of(parameter: torch.Tensor) -> torch.Size:
@@ -28,6 +29,18 @@ def whole(parameters: Iterable[nn.Parameter], changes: bool = False) -> Abstract
     from deepspeed import zero
 
     return zero.GatheredParameters(sharded, modifier_rank=0 if changes else None)
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """The names of the parameters that hold a value which is not finite, in what this process has of them."""
+    names = []
+    for name, parameter in model.named_parameters():
+        share = getattr(parameter, "ds_tensor", parameter).detach()
+        if isinstance(share, DTensor):
+            share = share.to_local()
+        if share.is_floating_point() and not share.isfinite().all():
+            names.append(name)
+    return names
 
 
 @contextmanager

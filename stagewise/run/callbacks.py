@@ -1,17 +1,23 @@
 """What happens between the steps of a run."""
 
 import json
+import logging
+import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import Trainer, TrainerCallback
 
 from stagewise.distributed import decide_on_first
-from stagewise.errors import InputError
+from stagewise.errors import InputError, TrainingDiverged
+from stagewise.modeling.sharded import not_finite
+
+logger = logging.getLogger(__name__)
 
 STREAM_POSITION = "stream_position.json"
 # Of a prompt in the table of sampled texts, and of the table in a file.
@@ -47,7 +53,6 @@ class SaveOnSignal(TrainerCallback):
     def _any_process_stopped(self, args) -> bool:
         if args.world_size == 1:
             return self.received is not None
-        import torch
         import torch.distributed as dist
 
         flag = torch.tensor(self.received or 0, device=args.device)
@@ -58,6 +63,44 @@ class SaveOnSignal(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+
+
+class EvaluationGuard(TrainerCallback):
+    """An evaluation without finite figures is named, and ends the run where it is the weights that are not finite.
+
+    Raises:
+        TrainingDiverged: on all processes.
+    """
+
+    def __init__(self):
+        self._sound_step = 0  # the last whose evaluation was finite
+
+    def on_evaluate(self, args, state, control, metrics, model=None, **kwargs):
+        found = figures_not_finite(metrics)
+        if not found:
+            self._sound_step = state.global_step
+            return
+        weights = not_finite(model)
+        if args.world_size > 1:
+            shares: list = [None] * args.world_size
+            torch.distributed.all_gather_object(shares, weights)
+            weights = list(dict.fromkeys(name for share in shares for name in share))
+        figures = ", ".join(f"{name} is {metrics[name]}" for name in found)
+        if weights:
+            more = f" and {len(weights) - 3} more" if len(weights) > 3 else ""
+            raise TrainingDiverged(
+                f"evaluation after step {state.global_step}: {figures}, and there are weights that are not finite: "
+                f"{', '.join(weights[:3])}{more}",
+                self._sound_step,
+            )
+        if state.is_world_process_zero:
+            logger.warning("evaluation after step %d: %s, although all weights are finite", state.global_step, figures)
+
+
+def figures_not_finite(metrics: Mapping[str, object]) -> list[str]:
+    """The names of figures that are not finite; a perplexity is infinite where the loss alone is a float."""
+    bad = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
+    return [name for name in bad if not name.endswith("perplexity") or math.isnan(float(str(metrics[name])))]
 
 
 def stream_position_writer(trainer: Trainer) -> Callable[[Path], None]:
