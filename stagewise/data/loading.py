@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing import get_start_method
+from multiprocessing import get_all_start_methods
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -310,7 +310,7 @@ def _check_streaming(args: DataArguments, training_args) -> None:
             "--auto_find_batch_size: with --streaming the rows of a step are settled at the start; leave it out",
         ),
         (
-            training_args.dataloader_num_workers == 0 or get_start_method() == "fork",
+            training_args.dataloader_num_workers == 0 or get_all_start_methods()[0] == "fork",
             "--dataloader_num_workers: on this system workers cannot share a stream; leave it at 0",
         ),
         (
