@@ -94,6 +94,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     from stagewise.data import loading, preference_audit, tokenization
     from stagewise.data.preferences import PreferenceOptions
+    from stagewise.distributed import first_process_first
     from stagewise.modeling.loading import (
         check_reference,
         load_causal_lm,
@@ -135,7 +136,7 @@ def main(argv: list[str] | None = None) -> dict:
     check_reference(model_args, tokenizer, dpo_args.ref_model_name_or_path)
 
     # 3. data
-    with args.main_process_first(desc="data"):
+    with first_process_first(args, "data"):
         data = loading.load_preferences(data_args, renderer, tokenizer, encoding, args)
     if args.should_log:
         preference_audit.print_audit(data.label_audit, data.sample, tokenizer, dpo_args.audit_rows)

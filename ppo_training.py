@@ -149,6 +149,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     from stagewise.data import loading, tokenization
     from stagewise.data.prompts import PromptOptions, completion_suffix
+    from stagewise.distributed import first_process_first
     from stagewise.modeling.actor_critic import load_actor_critic, log_memory
     from stagewise.modeling.generation import sampling_config, stop_token_ids
     from stagewise.modeling.loading import load_config, load_tokenizer, prompt_limit, reserve_padding
@@ -190,7 +191,7 @@ def main(argv: list[str] | None = None) -> dict:
     )  # fmt: skip
 
     # 3. data
-    with args.main_process_first(desc="data"):
+    with first_process_first(args, "data"):
         data = loading.load_prompts(data_args, renderer, tokenizer, prompts, args)
     memory = plan_memory("ppo", (model_args, *arguments[1:]), tokenizer, data.train, limit)
     if run_args.dry_run:

@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.data import loading
     from stagewise.data.collators import CausalLMCollator
     from stagewise.data.tasks import plan_tasks
+    from stagewise.distributed import first_process_first
     from stagewise.modeling.attention import check_packing, is_flash, settle_attention
     from stagewise.modeling.loading import load_causal_lm, load_config, load_tokenizer, row_limit
     from stagewise.modeling.lora import attach_adapter
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> dict:
     check_model(model_args, lora_args, args, tokenizer, checkpoint, packs=isolate)
 
     # 3. data
-    with args.main_process_first(desc="data"):
+    with first_process_first(args, "data"):
         data = loading.load_documents(
             data_args,
             tokenizer,

@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.data import loading, preference_audit, tokenization
     from stagewise.data.collators import PairwiseCollator
     from stagewise.data.preferences import PreferenceOptions
+    from stagewise.distributed import first_process_first
     from stagewise.modeling.loading import (
         check_score_head,
         load_config,
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> dict:
     check_model(model_args, lora_args, args, tokenizer, checkpoint, scores=True, trains_new_tokens=bool(new_tokens))
 
     # 3. data
-    with args.main_process_first(desc="data"):
+    with first_process_first(args, "data"):
         data = loading.load_preferences(data_args, renderer, tokenizer, encoding, args)
     if args.should_log:
         preference_audit.print_audit(data.label_audit, data.sample, tokenizer, rm_args.audit_rows)

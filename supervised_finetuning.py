@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.data.collators import CausalLMCollator
     from stagewise.data.packing import pack_rows
     from stagewise.data.tasks import plan_tasks
+    from stagewise.distributed import first_process_first
     from stagewise.modeling.attention import check_packing, is_flash, settle_attention
     from stagewise.modeling.loading import load_causal_lm, load_config, load_tokenizer, row_limit
     from stagewise.modeling.lora import attach_adapter
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> dict:
     )  # fmt: skip
 
     # 3. data
-    with args.main_process_first(desc="data"):
+    with first_process_first(args, "data"):
         data = loading.load_conversations(data_args, renderer, tokenizer, encoding, args)
     if args.should_log:
         audit.print_audit(data.label_audit, data.sample, tokenizer, sft_args.audit_rows)

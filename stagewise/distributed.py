@@ -1,19 +1,32 @@
-"""The engine of a run of several processes, settled before TrainingArguments joins a process group."""
+"""Several processes: their engine, settled before TrainingArguments joins a process group; waiting for each other."""
 
+import itertools
 import json
+import logging
 import os
 import socket
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stagewise.errors import InputError
+from stagewise.errors import InputError, ProcessLost
+
+logger = logging.getLogger(__name__)
 
 # What a launcher says to each process; plain python has none of it.
 RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
+# Of processes that wait for each other, in seconds: between two looks; between two signs of life; without one, until a
+# process counts as dead (work in one long call of C may hold its thread back); between two lines in the log; for the
+# others to hear of a failure, before the process that failed ends and may take the store with it.
+LOOK_S, BEAT_S, DEAD_S, SAY_S, HEAR_S = 0.5, 10.0, 300.0, 300.0, 20.0
+
 _Decided = TypeVar("_Decided")
+_numbers = itertools.count()  # of meetings, which all processes hold in the same order
 
 
 def settle_engine(args: Any) -> None:
@@ -74,23 +87,158 @@ def deepspeed_settings(args: Any) -> dict:
 def decide_on_first(decide: Callable[[], _Decided]) -> _Decided:
     """What the first process decides, on all of them: they may see other folders, or the same at another time.
 
+    It may take as long as it wants.
+
     Raises:
         InputError: on all processes, what the first one raised.
+        ProcessLost: the first process has ended.
     """
     import torch.distributed as dist
 
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not _is_group():
         return decide()
-    found: list = [None, None]
-    if dist.get_rank() == 0:
-        try:
+    found: list = [None]
+    with _Meeting("a decision") as meeting:
+        if dist.get_rank() == 0:
             found[0] = decide()
-        except InputError as error:
-            found[1] = str(error)
+        meeting.wait_for_all("decided")
     dist.broadcast_object_list(found)
-    if found[1] is not None:
-        raise InputError(found[1])
     return found[0]
+
+
+@contextmanager
+def first_process_first(args: Any, what: str) -> Iterator[None]:
+    """The body on the first process of each machine, then on the others; nobody goes on before all have been through.
+
+    The others wait as long as it takes. TrainingArguments.main_process_first has them wait in a collective, which
+    ends the run after --ddp_timeout; and so would the first collective behind the body.
+
+    Args:
+        args: the TrainingArguments.
+        what: the work, for the log.
+
+    Raises:
+        InputError: on all processes, what one of them raised in the body.
+        ProcessLost: another process has ended, or has failed in another way.
+    """
+    if not _is_group():
+        yield
+        return
+    first = args.local_process_index == 0
+    with _Meeting(what) as meeting:
+        if not first:
+            meeting.wait_for_all("firsts")
+        yield
+        if first:
+            meeting.wait_for_all("firsts")
+        meeting.wait_for_all("others")
+
+
+def _is_group() -> bool:
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _group_store() -> Any:
+    """The key-value store in which the group has met; torch has no public way to it."""
+    import torch.distributed as dist
+
+    return dist.distributed_c10d._get_default_store()
+
+
+class _Meeting:
+    """What the processes of a group tell each other through its store while some of them work for long.
+
+    A thread of each process gives a sign of life, and looks for that of the next process: a launcher ends a group of
+    which one has died, but not on other machines.
+    """
+
+    def __init__(self, what: str):
+        import torch.distributed as dist
+
+        self.what, self.rank, self.world = what, dist.get_rank(), dist.get_world_size()
+        self.store = dist.PrefixStore(f"stagewise/meeting/{next(_numbers)}", _group_store())
+        self.waits = self.told = False
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._live, name="signs of life", daemon=True)
+
+    def __enter__(self) -> "_Meeting":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, traceback) -> None:
+        self._left.set()
+        if error is not None and not self.told:
+            self._tell(error)
+        self._thread.join()
+
+    def wait_for_all(self, point: str) -> None:
+        """Until every process has come to this point.
+
+        Raises:
+            InputError, ProcessLost: see first_process_first.
+        """
+        import torch.distributed as dist
+
+        self.waits, pause = True, 0.01
+        try:
+            if self.store.add(f"{point}/came", 1) == self.world:
+                self.store.set(f"{point}/all", "")
+            while not self.store.check([f"{point}/all"]):
+                if self.store.check(["failed"]):
+                    self.told = True
+                    self.store.add("heard", 1)
+                    self._raise(json.loads(self.store.get("failed")))
+                time.sleep(pause)
+                pause = min(2 * pause, LOOK_S)
+        except dist.DistError as error:  # the process that keeps the store, usually the first one, has ended
+            self.told = True
+            raise ProcessLost(f"waiting for {self.what}: the first process has ended ({error})") from None
+        self.waits = False
+
+    def _raise(self, failure: dict) -> None:
+        if failure["input"]:
+            raise InputError(failure["message"])
+        raise ProcessLost(f"waiting for {self.what}: {failure['message']}")
+
+    def _tell(self, error: BaseException) -> None:
+        import torch.distributed as dist
+
+        message = str(error) if isinstance(error, InputError) else f"process {self.rank} has ended with {error!r}"
+        try:
+            self._fail(message, isinstance(error, InputError))
+            patience = time.monotonic() + HEAR_S
+            while self.store.add("heard", 0) < self.world - 1 and time.monotonic() < patience:
+                time.sleep(0.05)
+        except dist.DistError:
+            pass  # nobody is left to be told
+
+    def _fail(self, message: str, of_input: bool) -> None:
+        self.store.set("failed", json.dumps({"message": message, "input": of_input}))
+
+    def _live(self) -> None:
+        import torch.distributed as dist
+
+        next_one, seen = (self.rank + 1) % self.world, -1
+        started = last_sign = said = time.monotonic()
+        patience = max(DEAD_S, self.store.timeout.total_seconds())  # for one that has not come yet
+        while not self._left.is_set():
+            now = time.monotonic()
+            try:
+                self.store.add(f"alive/{self.rank}", 1)
+                found = self.store.add(f"alive/{next_one}", 0)
+                if found != seen:
+                    seen, last_sign = found, now
+                if now - last_sign > (DEAD_S if found else patience):
+                    self._fail(f"process {next_one} has given no sign of life for {now - last_sign:.0f} s", False)
+            except dist.DistError:
+                return  # wait_for_all finds the same
+            if now - said > SAY_S:
+                said = now
+                doing = "waiting for the other processes" if self.waits else "at work, while the others wait"
+                logger.info("%s: %s for %d minutes", self.what, doing, (now - started) // 60)
+            self._left.wait(BEAT_S)
 
 
 def _asked_by_accelerate(engine: str) -> bool:

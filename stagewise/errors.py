@@ -23,6 +23,10 @@ class SaveFailed(RuntimeError):
     """A checkpoint could not be written: exit code 1, with the way on in the message."""
 
 
+class ProcessLost(RuntimeError):
+    """Another process of the group has ended: exit code 1; what was wrong is in its own output."""
+
+
 def first_line(error: BaseException) -> str:
     """What a library says, without its advice for programmers; all of it where its first line only leads in."""
     line, _, rest = str(error).strip().partition("\n")

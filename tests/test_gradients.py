@@ -106,17 +106,18 @@ def test_a_language_models_gradients(loss, precision, trains_head, problem):
 
 
 def test_weights_of_tokens_that_differ_a_thousandfold(problem):
-    """As those of a mean over samples do: the least of them keeps what autograd would have left of its gradient."""
+    """As those of a mean over samples do: the rows of little weight keep what autograd would have left of theirs."""
     weights, scale = torch.logspace(0, -3, ROWS) / 131_072, 2.0**15
+    light = slice(ROWS // 2, None)
 
-    def error_of_rows(loss: Loss) -> Tensor:
+    def error(loss: Loss) -> float:
         h, w = problem.hidden.half().requires_grad_(), problem.weight.half()
         (loss(h, w, problem.labels, weights) * scale).backward()
         exact = h.detach().double().requires_grad_()
         (F.cross_entropy(exact @ w.double().t(), problem.labels, reduction="none") * weights).sum().backward()
-        return (h.grad.double() / scale - exact.grad).norm(dim=1) / exact.grad.norm(dim=1)
+        return distance(h.grad[light].double() / scale, exact.grad[light])
 
-    assert (error_of_rows(ours) <= ALLOWED * error_of_rows(by_autograd) + 1e-3).all()
+    assert error(ours) <= ALLOWED * error(by_autograd)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -188,7 +189,9 @@ def test_no_gradient_is_made_where_none_is_asked_for(monkeypatch, problem):
 
 
 def test_a_second_backward_is_an_error(problem):
-    loss, _ = linear_cross_entropy(problem.hidden.clone().requires_grad_(), problem.weight, problem.labels, torch.ones(ROWS))
+    loss, _ = linear_cross_entropy(
+        problem.hidden.clone().requires_grad_(), problem.weight, problem.labels, torch.ones(ROWS)
+    )
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()

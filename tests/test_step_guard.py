@@ -14,6 +14,7 @@ import torch
 from stagewise.arguments import RunArguments, StageTrainingArguments, parse_arguments
 from stagewise.data.collators import WithLocations, encode_locations, read_locations
 from stagewise.errors import InputError, TrainingDiverged
+from stagewise.run.callbacks import figures_not_finite
 from stagewise.run.checkpoints import checkpoint_problem
 from stagewise.run.exit_codes import run_script
 from tests.stages import FULL, LORA, losses, run_pt, run_rm, run_sft, weights
@@ -163,6 +164,78 @@ def test_max_loss(tiny_model_dir, sft_file, tmp_path):
             "--num_train_epochs", "3", "--save_strategy", "no",
         )  # fmt: skip
     assert error.value.good_until == 0
+
+
+@pytest.mark.parametrize(
+    "when", [(), ("--eval_strategy", "steps", "--eval_steps", "2")], ids=["at the end", "between"]
+)
+def test_an_evaluation_that_is_not_a_number_ends_the_run_where_the_weights_are_not_finite(
+    when, poisoned_model, poisoned_file, sft_file, tmp_path, capsys
+):
+    flags = (*LORA, *EPOCH, *when, "--do_eval", "True", "--validation_file_dir", poisoned_file, "--max_steps", "4")
+    with pytest.raises(SystemExit) as stopped:
+        run_script(lambda: run_sft(poisoned_model, sft_file, tmp_path / "out", *flags))
+    assert stopped.value.code == 1
+    told = capsys.readouterr()
+    step = 2 if when else 4
+    assert (
+        f"error: evaluation after step {step}: eval_loss is nan, eval_perplexity is nan, and there are weights"
+        in told.err
+    )
+    assert "embed_tokens" in told.err
+    assert "Traceback" not in told.err
+    assert f"evaluation: the loss of 1 of 24 rows is not finite: {poisoned_file}:17\n" in told.out
+    assert "done" not in told.out
+
+
+def test_pairs_without_a_finite_score_are_named(poisoned_model, preference_file, tmp_path, capsys):
+    rows = [json.loads(line) for line in Path(preference_file).read_text(encoding="utf-8").splitlines()]
+    rows[4]["response_rejected"] += POISON
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    flags = (*LORA, *EPOCH, "--do_eval", "True", "--validation_file_dir", str(path), "--max_steps", "1")
+    with pytest.raises(TrainingDiverged, match="eval_loss is nan"):
+        run_rm(poisoned_model, preference_file, tmp_path / "rm", *flags)
+    assert f"evaluation: the loss of 1 of 24 rows is not finite: {path}:5\n" in capsys.readouterr().out
+
+
+def test_a_finished_run_whose_evaluation_is_not_a_number_says_so(
+    tiny_model_dir, sft_file, tmp_path, capsys, monkeypatch
+):
+    """Finite weights: the figures are what they are, and nobody reads "done"."""
+    from stagewise.trainers.causal_lm import CausalLMTrainer
+
+    predict = CausalLMTrainer.prediction_step
+
+    def overflow(self, *args, **kwargs):
+        nothing, stats, ids = predict(self, *args, **kwargs)
+        stats[1, 0] = torch.inf
+        return nothing, stats, ids
+
+    monkeypatch.setattr(CausalLMTrainer, "prediction_step", overflow)
+    flags = (
+        *LORA,
+        *EPOCH,
+        "--do_eval",
+        "True",
+        "--validation_file_dir",
+        sft_file,
+        "--per_device_eval_batch_size",
+        "8",
+    )
+    metrics = run_sft(tiny_model_dir, sft_file, tmp_path / "out", *flags, "--max_steps", "1")
+    assert metrics["eval_loss"] == math.inf
+    told = capsys.readouterr().out
+    assert f"the loss of 3 of 24 rows is not finite: {sft_file}:2, {sft_file}:10, {sft_file}:18\n" in told
+    assert "evaluation after step 1: eval_loss is inf, although all weights are finite" in told
+    assert "done, but do not trust it" in told
+    assert "INFO stagewise.run.lifecycle: done" not in told
+
+
+def test_a_perplexity_may_be_infinite():
+    """exp(800) is no float."""
+    assert not figures_not_finite({"eval_loss": 800.0, "eval_perplexity": math.inf, "eval_tokens": 3})
+    assert figures_not_finite({"eval_loss": math.nan, "eval_perplexity": math.nan}) == ["eval_loss", "eval_perplexity"]
 
 
 def test_skip_is_refused_where_the_engine_takes_the_step(monkeypatch):

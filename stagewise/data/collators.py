@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stagewise.data.streaming import POSITION
 from stagewise.losses.logprobs import IGNORE_INDEX
 
 LOCATION = "location"
@@ -105,14 +106,17 @@ class WithLocations:
     """A collator whose batches also say where their rows came from.
 
     Batch: what `collate` makes, and location (B, L), the bytes of each row's `location` with zeros behind. Bytes,
-    because what travels between processes and devices is tensors.
+    because what travels between processes and devices is tensors. Of rows from a stream also the stream's POSITION.
     """
 
     def __init__(self, collate: Callable[[Sequence[dict]], dict[str, Any]]):
         self.collate = collate
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, Any]:
-        return {**self.collate(rows), LOCATION: encode_locations([row.get(LOCATION, "") for row in rows])}
+        batch = {**self.collate(rows), LOCATION: encode_locations([row.get(LOCATION, "") for row in rows])}
+        if POSITION in rows[0]:
+            batch[POSITION] = rows[0][POSITION]
+        return batch
 
 
 def encode_locations(locations: Sequence[str]) -> Tensor:

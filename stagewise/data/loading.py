@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
+from multiprocessing import get_all_start_methods
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -274,18 +275,20 @@ def _stream(
         report["validation"]["datasets"] = {name: each.to_dict() for name, each in found.items()}
         limited = _limit(sources.mix(held_out), args.max_eval_samples, 2, _seed(training_args))
         validation, _ = prepare(limited, report["validation"])
-    batch_rows = (
-        training_args.per_device_train_batch_size
-        * training_args.world_size
-        * training_args.gradient_accumulation_steps
-    )
-    train = RowStream(records, encode, batch_rows, block_size)
+    # each process reads for itself; accelerate would have the first one read, and join rows of different widths
+    training_args.accelerator_config.dispatch_batches = False
+    round_rows = training_args.per_device_train_batch_size * training_args.world_size
+    step_rows = round_rows * training_args.gradient_accumulation_steps
+    train = RowStream(records, encode, step_rows, round_rows, block_size, training_args.process_index == 0)
     names = tuple(dict.fromkeys([*reports, *report["validation"]["datasets"]]))
     return StageData(train, validation, names, report, "streaming", checked, sample)
 
 
 def _check_streaming(args: DataArguments, training_args) -> None:
-    """A stream has no length, and a data loader's worker processes would keep its place to themselves."""
+    """A stream has no length and no epochs, and each process takes its share of every step."""
+    strategies = {name: getattr(training_args, f"{name}_strategy") for name in ("eval", "save", "logging")}
+    by_epoch = next((name for name, strategy in strategies.items() if strategy == "epoch"), None)
+    sharing = training_args.accelerator_config
     for needed, message in (
         (args.train_file_dir, "--streaming: reads files; pass --train_file_dir"),
         (training_args.max_steps > 0, "--streaming: a stream has no length; pass --max_steps"),
@@ -294,8 +297,29 @@ def _check_streaming(args: DataArguments, training_args) -> None:
             "--streaming: nothing can be split off a stream; pass --validation_file_dir, or --do_train True alone",
         ),
         (
-            training_args.dataloader_num_workers == 0,
-            "--dataloader_num_workers: with --streaming the place in the data would be lost; leave it at 0",
+            by_epoch is None,
+            f"--{by_epoch}_strategy epoch: a stream has no epochs; pass steps, and --{by_epoch}_steps",
+        ),
+        (
+            not sharing.dispatch_batches and not sharing.split_batches,
+            "--accelerator_config: with --streaming each process reads for itself; leave dispatch_batches and "
+            "split_batches out",
+        ),
+        (
+            not training_args.auto_find_batch_size,
+            "--auto_find_batch_size: with --streaming the rows of a step are settled at the start; leave it out",
+        ),
+        (
+            training_args.dataloader_num_workers == 0 or get_all_start_methods()[0] == "fork",
+            "--dataloader_num_workers: on this system workers cannot share a stream; leave it at 0",
+        ),
+        (
+            training_args.dataloader_multiprocessing_context in (None, "fork"),
+            "--dataloader_multiprocessing_context: workers share a stream by being forked; leave it out",
+        ),
+        (
+            training_args.dataloader_in_order,
+            "--dataloader_in_order False: with --streaming the place in the data would be lost; leave it out",
         ),
         (
             args.max_train_samples == -1,

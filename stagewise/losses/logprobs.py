@@ -277,6 +277,4 @@ def _add_product(total: Tensor, grad: Tensor, h: Tensor) -> None:
 def _times(gradients: Sequence[Tensor | None], factor: Tensor, dtypes: Sequence[torch.dtype]) -> list[Tensor | None]:
     """gradients * factor, multiplied in fp32, in the given types. Gradients in fp32 are overwritten (autograd notices
     when they are asked for once more)."""
-    return [
-        g if g is None else g.float().mul_(factor).to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)
-    ]
+    return [g if g is None else g.float().mul_(factor).to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]

@@ -1,10 +1,11 @@
-"""Models whose parameters ZeRO-3 has shared out among processes: their shapes, and a forward pass before training."""
+"""Models whose parameters are shared out among processes: shapes, soundness, and a forward pass before training."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 
@@ -53,6 +54,18 @@ def gather_in_one_call(module: nn.Module) -> None:
         from deepspeed.utils import set_z3_leaf_module
 
         set_z3_leaf_module(module, True)
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """The names of the parameters that hold a value which is not finite, in what this process has of them."""
+    names = []
+    for name, parameter in model.named_parameters():
+        share = getattr(parameter, "ds_tensor", parameter).detach()
+        if isinstance(share, DTensor):
+            share = share.to_local()
+        if share.is_floating_point() and not share.isfinite().all():
+            names.append(name)
+    return names
 
 
 @contextmanager

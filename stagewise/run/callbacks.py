@@ -1,16 +1,23 @@
 """What happens between the steps of a run."""
 
 import json
+import logging
+import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import Trainer, TrainerCallback
 
-from stagewise.errors import InputError
+from stagewise.distributed import decide_on_first
+from stagewise.errors import InputError, TrainingDiverged
+from stagewise.modeling.sharded import not_finite
+
+logger = logging.getLogger(__name__)
 
 STREAM_POSITION = "stream_position.json"
 # Of a prompt in the table of sampled texts, and of the table in a file.
@@ -46,7 +53,6 @@ class SaveOnSignal(TrainerCallback):
     def _any_process_stopped(self, args) -> bool:
         if args.world_size == 1:
             return self.received is not None
-        import torch
         import torch.distributed as dist
 
         flag = torch.tensor(self.received or 0, device=args.device)
@@ -59,16 +65,50 @@ class SaveOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
 
-def stream_position_writer(trainer: Trainer) -> Callable[[Path], None]:
-    """Writes into the folder of a checkpoint where in a stream of rows it is taken; does nothing for other data sets.
+class EvaluationGuard(TrainerCallback):
+    """An evaluation without finite figures is named, and ends the run where it is the weights that are not finite.
 
-    A stream has `state_after(batches)` and `load_state(state)`; with several processes the first one reads for all.
+    Raises:
+        TrainingDiverged: on all processes.
     """
 
+    def __init__(self):
+        self._sound_step = 0  # the last whose evaluation was finite
+
+    def on_evaluate(self, args, state, control, metrics, model=None, **kwargs):
+        found = figures_not_finite(metrics)
+        if not found:
+            self._sound_step = state.global_step
+            return
+        weights = not_finite(model)
+        if args.world_size > 1:
+            shares: list = [None] * args.world_size
+            torch.distributed.all_gather_object(shares, weights)
+            weights = list(dict.fromkeys(name for share in shares for name in share))
+        figures = ", ".join(f"{name} is {metrics[name]}" for name in found)
+        if weights:
+            more = f" and {len(weights) - 3} more" if len(weights) > 3 else ""
+            raise TrainingDiverged(
+                f"evaluation after step {state.global_step}: {figures}, and there are weights that are not finite: "
+                f"{', '.join(weights[:3])}{more}",
+                self._sound_step,
+            )
+        if state.is_world_process_zero:
+            logger.warning("evaluation after step %d: %s, although all weights are finite", state.global_step, figures)
+
+
+def figures_not_finite(metrics: Mapping[str, object]) -> list[str]:
+    """The names of figures that are not finite; a perplexity is infinite where the loss alone is a float."""
+    bad = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
+    return [name for name in bad if not name.endswith("perplexity") or math.isnan(float(str(metrics[name])))]
+
+
+def stream_position_writer(trainer: Trainer) -> Callable[[Path], None]:
+    """Writes where in a stream of rows a checkpoint is taken into its folder; does nothing for other data sets."""
+
     def write(folder: Path) -> None:
-        if hasattr(trainer.train_dataset, "state_after") and trainer.is_world_process_zero():
-            position = trainer.train_dataset.state_after(trainer.state.global_step)
-            (folder / STREAM_POSITION).write_text(json.dumps(position), encoding="utf-8")
+        if trainer.stream_position is not None and trainer.is_world_process_zero():
+            (folder / STREAM_POSITION).write_text(trainer.stream_position, encoding="utf-8")
 
     return write
 
@@ -118,9 +158,13 @@ def resume_stream(trainer: Trainer, checkpoint: str) -> None:
     if not hasattr(dataset, "load_state"):
         return
     path = Path(checkpoint) / STREAM_POSITION
-    if not path.is_file():
-        raise InputError(f"{checkpoint}: was not written by a run with --streaming; resume without it")
-    dataset.load_state(json.loads(path.read_text(encoding="utf-8")))
+
+    def read() -> str:
+        if not path.is_file():
+            raise InputError(f"{checkpoint}: was not written by a run with --streaming; resume without it")
+        return path.read_text(encoding="utf-8")
+
+    dataset.load_state(json.loads(decide_on_first(read)))  # another machine may have no copy of it
     trainer.args.ignore_data_skip = True  # the Trainer would read and throw away what the stream has passed
     trainer.add_callback(_RestoreRandomState(trainer, checkpoint))
 

@@ -10,7 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-from stagewise.errors import InputError, SaveFailed, TrainingDiverged
+from stagewise.errors import InputError, ProcessLost, SaveFailed, TrainingDiverged
 from template import TemplateError
 
 # What allocators say that have no exception of their own: torch on CPU, the CUDA driver, cuBLAS.
@@ -35,7 +35,7 @@ def run_script(main: Callable[[], object]) -> None:
     except (InputError, TemplateError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except (TrainingDiverged, SaveFailed) as error:
+    except (TrainingDiverged, SaveFailed, ProcessLost) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except (MemoryError, RuntimeError) as error:

@@ -23,7 +23,13 @@ from stagewise.modeling.attention import check_kernel
 from stagewise.modeling.quantization import Quantization
 from stagewise.modeling.rope_scaling import rope_setting
 from stagewise.run import lineage
-from stagewise.run.callbacks import SaveOnSignal, resume_stream, stream_position_writer
+from stagewise.run.callbacks import (
+    EvaluationGuard,
+    SaveOnSignal,
+    figures_not_finite,
+    resume_stream,
+    stream_position_writer,
+)
 from stagewise.run.checkpoints import (
     check_saved,
     checkpoint_step,
@@ -187,7 +193,7 @@ def build_trainer(trainer_class: type[Trainer], args, run_args, **kwargs) -> Tra
     _hide_token(args)
     if (args.save_total_limit or 0) > 1 and args.eval_strategy != "no":
         _look_for_best(args)  # a checkpoint that is known to be the best is not deleted
-    callbacks = [LogLine(), SaveOnSignal()]
+    callbacks = [LogLine(), SaveOnSignal(), EvaluationGuard()]
     if run_args.early_stopping_stall_num:
         callbacks.append(_early_stopping(args, run_args.early_stopping_stall_num))
     steps = {"min_lr": run_args.min_lr, "on_nan": run_args.on_nan, "max_loss": run_args.max_loss}
@@ -285,8 +291,15 @@ def _with_way_back(error: TrainingDiverged, output_dir: str) -> TrainingDiverged
 
 
 def evaluate_run(trainer: Trainer, metric_key_prefix: str = "eval") -> dict:
-    """Evaluate on the whole validation set and save eval_results.json."""
-    metrics = trainer.evaluate(metric_key_prefix=metric_key_prefix)
+    """Evaluate on the whole validation set and save eval_results.json.
+
+    Raises:
+        TrainingDiverged: see EvaluationGuard; what was trained lies in output_dir all the same.
+    """
+    try:
+        metrics = trainer.evaluate(metric_key_prefix=metric_key_prefix)
+    except TrainingDiverged as error:
+        raise _with_way_back(error, trainer.args.output_dir) from error
     trainer.save_metrics("eval", metrics)
     return metrics
 
@@ -321,7 +334,11 @@ def report_run(trainer: Trainer, run_args, arguments: Sequence[object], data_rep
     (output / "README.md").write_text(model_card(stage, arguments, data_report, metrics), encoding="utf-8")
     if trainer.args.push_to_hub:
         _push(trainer)
-    logger.info("done: %s", output)
+    bad = figures_not_finite(metrics)
+    if bad:
+        logger.warning("done, but do not trust it: %s: %s not finite", output, ", ".join(bad))
+    else:
+        logger.info("done: %s", output)
 
 
 def _push(trainer: Trainer) -> None:

@@ -153,6 +153,7 @@ class CausalLMTrainer(StageTrainerMixin, Trainer):
 
     def _evaluation_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         nll, tokens = np.asarray(prediction.predictions).reshape(-1, 2).T
+        self.name_rows_without_loss(np.isfinite(nll))
         metrics = _token_mean("", nll, tokens)
         ids = np.asarray(prediction.label_ids).reshape(-1)
         evaluated = np.unique(ids)
@@ -168,6 +169,6 @@ def _token_mean(prefix: str, nll: np.ndarray, tokens: np.ndarray) -> dict[str, f
     loss = float(nll.sum() / tokens.sum())
     return {
         f"{prefix}loss": loss,
-        f"{prefix}perplexity": math.exp(loss) if loss < 700 else math.inf,
+        f"{prefix}perplexity": math.inf if loss >= 700 else math.exp(loss),  # not a number stays that
         f"{prefix}tokens": int(tokens.sum()),
     }

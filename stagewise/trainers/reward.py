@@ -70,6 +70,7 @@ class PairwiseRewardTrainer(StageTrainerMixin, Trainer):
         chosen, rejected = np.asarray(prediction.predictions).reshape(-1, 2).T
         margins, ids = np.asarray(prediction.label_ids).reshape(-1, 2).T
         self.chosen_scores, self.rejected_scores = chosen, rejected
+        self.name_rows_without_loss(np.isfinite(chosen) & np.isfinite(rejected))
         metrics = self._figures("", chosen, rejected, margins)
         evaluated = np.unique(ids)
         if len(evaluated) > 1:

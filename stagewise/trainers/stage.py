@@ -1,6 +1,7 @@
 """What the Trainer of every stage does: throughput in the log, a floor of the learning rate, noise on embeddings."""
 
 import dataclasses
+import logging
 import math
 import shutil
 import time
@@ -8,15 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from stagewise.checkpoint_files import PARTIAL, publish, saving, seal
 from stagewise.data.collators import LOCATION, WithLocations
+from stagewise.data.streaming import POSITION
 from stagewise.modeling.neftune import embedding_noise
 from stagewise.modeling.sharded import settle_sharded
-from stagewise.trainers.step_guard import StepGuard
+from stagewise.trainers.step_guard import NAMED_ROWS, StepGuard
+
+logger = logging.getLogger(__name__)
 
 # What collators add beside the model's inputs.
 NUM_TOKENS = "num_tokens"  # real tokens of each row, padding not counted
@@ -54,6 +59,7 @@ class StageTrainerMixin(_Base):
         self.min_lr = min_lr
         # called with the folder of a checkpoint while it is written, on the process that saves
         self.checkpoint_writers: list[Callable[[Path], object]] = []
+        self.stream_position: str | None = None  # after the step in hand, of a stream of rows
         self._run_dir: str | None = None  # where a checkpoint is being written
         self._new_tokens: Tensor | None = None  # since the last log; on the device
         self._loss_before: Tensor | None = None  # the Trainer's sum of losses before the step in hand
@@ -88,6 +94,24 @@ class StageTrainerMixin(_Base):
             return super().evaluate(*args, **kwargs)
         finally:
             self._paused_s += time.perf_counter() - started
+
+    def name_rows_without_loss(self, finite: np.ndarray) -> None:
+        """Say in the log which rows of the evaluation in hand have no finite loss.
+
+        Args:
+            finite: (rows,), in the order of the data set.
+        """
+        rows = self.callback_handler.eval_dataloader.dataset
+        if finite.all() or not self.is_world_process_zero():
+            return
+        in_order = self.args.train_sampling_strategy != "group_by_length" and len(rows) == len(finite)
+        bad = np.flatnonzero(~finite)
+        places = [rows[int(row)].get(LOCATION, f"row {row + 1}") for row in bad[:NAMED_ROWS]] if in_order else []
+        more = f" and {len(bad) - NAMED_ROWS} more" if in_order and len(bad) > NAMED_ROWS else ""
+        logger.warning(
+            "evaluation: the loss of %d of %d rows is not finite%s", len(bad), len(finite),
+            f": {', '.join(places)}{more}" if places else "",
+        )  # fmt: skip
 
     def _save_checkpoint(self, model, trial):
         """The Trainer's, but complete or not there: written in a folder beside, sealed, renamed.
@@ -191,6 +215,7 @@ class StageTrainerMixin(_Base):
         if not self.step_guard.in_step:
             self._loss_before = self._tr_loss.clone()
         locations = inputs.pop(LOCATION, None)
+        self.stream_position = inputs.pop(POSITION, None)
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.step_guard.add(loss, locations)
         return loss
