@@ -21,7 +21,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
-from stagewise.distributed import settle_engine, uses_fsdp
+from stagewise.distributed import settle_engine, uses_fsdp, zero_stage
 from stagewise.errors import InputError
 from stagewise.old_spellings import OLD_SPELLINGS, OldSpelling
 
@@ -398,6 +398,8 @@ class StageTrainingArguments(TrainingArguments):
     def _settle_tasks(self) -> None:
         if self.do_predict:
             raise InputError("--do_predict: a stage trains and evaluates; to generate use inference.py")
+        if self.batch_eval_metrics:
+            raise InputError("--batch_eval_metrics: there are no logits to evaluate in batches; leave the flag out")
         if self.do_train is None and self.do_eval is None:
             self.do_train = self.do_eval = True
         self.do_train, self.do_eval = bool(self.do_train), bool(self.do_eval)
@@ -434,6 +436,11 @@ class PPOTrainingArguments(StageTrainingArguments):
 
     learning_rate: float = _option(1e-5, "The initial learning rate.")
     logging_steps: float = _option(1, "Log every N iterations; below 1, every such share of the run.")
+
+    def __post_init__(self) -> None:
+        if self.use_liger_kernel:
+            raise InputError("--use_liger_kernel: PPO's models are not given Liger's kernels; leave it out")
+        super().__post_init__()
 
 
 # Headings of --help in their order. Those of TrainingArguments list how the names of their fields begin, so that a
@@ -758,6 +765,8 @@ def _check_stage(arguments: Sequence[Any], prog: str) -> None:
         )
     if any(getattr(each, "_trains_on_texts", False) for each in arguments):
         return
+    if any(getattr(each, "label_smoothing_factor", 0) for each in arguments):
+        raise InputError(f"--label_smoothing_factor: {prog} has no labels to smooth; leave it at 0")
     for flag in ("shift_attn", "trainable_params", "router_aux_loss_coef"):
         if any(getattr(each, flag, None) for each in arguments):
             raise InputError(f"--{flag}: not for {prog}; it is one of pretraining.py and supervised_finetuning.py")
@@ -768,6 +777,12 @@ def _check_engine(args: TrainingArguments, values: dict[str, Any]) -> None:
     if values.get("upcast_layernorm") and (args.deepspeed or uses_fsdp(args)):
         engine = "--deepspeed" if args.deepspeed else "--fsdp"
         raise InputError(f"--upcast_layernorm: found beside {engine}, which has one data type for all; leave it out")
+    shards = "--fsdp" if uses_fsdp(args) else f"--deepspeed {args.deepspeed}" if zero_stage(args) == 3 else None
+    if values.get("device_map") and shards:
+        raise InputError(
+            f"--device_map {values['device_map']}: found beside {shards}, which shares out the weights itself; leave "
+            "--device_map out"
+        )
     if args.deepspeed and values.get("on_nan") == "skip":
         raise InputError(
             "--on_nan skip: found beside --deepspeed, which changes the weights before the step can be looked at; "

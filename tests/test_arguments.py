@@ -395,6 +395,18 @@ def test_float16_on_cpu_is_refused(flag):
 
 
 @pytest.mark.parametrize(
+    ("engine", "named"), [(["--deepspeed", "zero3.json"], "--deepspeed zero3.json"), (["--fsdp", "True"], "--fsdp")]
+)
+def test_a_device_map_beside_shared_weights_is_named(engine, named, monkeypatch):
+    monkeypatch.setattr(arguments, "settle_engine", lambda args: None)
+    monkeypatch.setattr(StageTrainingArguments, "__post_init__", lambda self: None)
+    argv = ["--model_name_or_path", "m", "--output_dir", "o", "--device_map", "auto", *engine]
+    with pytest.raises(InputError, match=f"^--device_map auto: found beside {named}, .*leave --device_map out"):
+        parse_arguments(ModelArguments, StageTrainingArguments, argv=argv)
+    parse_arguments(ModelArguments, StageTrainingArguments, argv=[*argv[:-4], "--deepspeed", "zero2.json"])
+
+
+@pytest.mark.parametrize(
     ("flags", "expected"),
     [
         ([], (True, True)),

@@ -20,6 +20,7 @@ from stagewise.checkpoint_files import move_into, saving
 from stagewise.distributed import decide_on_first
 from stagewise.errors import InputError, TrainingDiverged
 from stagewise.modeling.attention import check_kernel
+from stagewise.modeling.liger import liger_config
 from stagewise.modeling.quantization import Quantization
 from stagewise.modeling.rope_scaling import rope_setting
 from stagewise.run import lineage
@@ -163,7 +164,7 @@ def _plain(value: object):
 
 
 def report_dry_run(args, data_report: dict, train_dataset, memory: MemoryPlan | None, rounds: int = 1) -> dict:
-    """Print what would be trained and what memory it would want, write nothing; returns the report.
+    """Print what would be trained and what memory it would want, load and write nothing; returns the report.
 
     Args:
         memory: None where it could not be estimated.
@@ -182,8 +183,13 @@ def report_dry_run(args, data_report: dict, train_dataset, memory: MemoryPlan | 
 
 
 def build_trainer(trainer_class: type[Trainer], args, run_args, **kwargs) -> Trainer:
-    """The Trainer with our log line, the signal handler, and early stopping where it is asked for."""
+    """The Trainer with our log line, the signal handler, and early stopping where it is asked for.
+
+    Liger patches the model with a language model's forward pass, unless it is told not to: a reward model too.
+    """
     check_kernel(kwargs["model"], args.bf16 or args.fp16)
+    if args.use_liger_kernel:
+        args.liger_kernel_config = liger_config(args.liger_kernel_config)
     _hide_token(args)
     if (args.save_total_limit or 0) > 1 and args.eval_strategy != "no":
         _look_for_best(args)  # a checkpoint that is known to be the best is not deleted
