@@ -21,6 +21,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
+from transformers.utils import is_torch_tf32_available
 
 from stagewise.devices import device_name, multiplies_bf16
 from stagewise.distributed import deepspeed_settings, settle_engine, uses_fsdp, zero_stage
@@ -377,7 +378,7 @@ class StageTrainingArguments(TrainingArguments):
     output_dir has no default, so that no run lands in a folder that nobody chose. And an accelerator with bfloat16
     multiplies in it unless another precision is asked for, and in TF32 what stays float32.
 
-    precision_note: how the precision was chosen, and how to choose another; None where it was asked for.
+    precision_note: in what precision products are that was not asked for, and how to choose another; else None.
     """
 
     precision_note: str | None = field(default=None, init=False)
@@ -408,6 +409,9 @@ class StageTrainingArguments(TrainingArguments):
         if not self.use_cpu and self.tf32 is not False:
             # transformers' --tf32 uses a newer interface alone, and what compiles kernels still reads this one
             torch.set_float32_matmul_precision("high")
+            if is_torch_tf32_available():
+                tf32 = "what stays float32 is multiplied in TF32 (--tf32 False: exactly)"
+                self.precision_note = "; ".join(filter(None, (self.precision_note, tf32)))
 
     def _settle_precision(self) -> None:
         """fp16 and bf16 as they were asked for, else bf16 where the device has it.

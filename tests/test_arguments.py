@@ -480,11 +480,15 @@ def test_what_accelerate_launch_asks_for(asked, gpu, monkeypatch):
     assert training("--bf16", "False").fp16 is False
 
 
-def test_float32_products_are_in_tf32_unless_told_otherwise(accelerator):
-    training("--fp16")
-    training("--tf32", "False")
-    training("--use_cpu")
-    assert accelerator == ["high"]
+def test_float32_products_are_in_tf32_unless_told_otherwise(accelerator, gpu, monkeypatch):
+    gpu(True)
+    monkeypatch.setattr(arguments, "is_torch_tf32_available", lambda: True)
+    assert re.fullmatch(r".*bfloat16 .*; what stays float32 .* TF32 \(--tf32 False.*", training().precision_note)
+    assert re.match("what stays float32 .* TF32", training("--bf16", "False").precision_note)
+    assert accelerator == ["high", "high"]
+    assert "TF32" not in training("--tf32", "False").precision_note
+    assert training("--use_cpu").precision_note is None
+    assert accelerator == ["high", "high"]
 
 
 def test_a_run_keeps_its_precision_on_another_machine(gpu, config, monkeypatch):
