@@ -141,14 +141,15 @@ def main(argv: list[str] | None = None) -> dict:
     if args.should_log:
         preference_audit.print_audit(data.label_audit, data.sample, tokenizer, dpo_args.audit_rows)
 
+    memory = plan_memory("dpo", arguments, tokenizer, data.train, encoding.max_length)
+    if run_args.dry_run:
+        return lifecycle.report_dry_run(args, data.report, data.train, memory)
+
     # 4. model
     trains_all = not lora_args.use_peft
-    memory = plan_memory("dpo", arguments, tokenizer, data.train, encoding.max_length)
     model = load_causal_lm(model_args, tokenizer, trains_all, token_loss=False, quantization=quantization)
     reference = load_reference(model_args, tokenizer, dpo_args.ref_model_name_or_path, trains_all, quantization)
     model, peft_config = policy_adapter(model, lora_args)
-    if run_args.dry_run:
-        return lifecycle.report_dry_run(args, data.report, data.train, memory)
 
     # 5. trainer: train, save, evaluate
     trainer = lifecycle.build_trainer(

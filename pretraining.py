@@ -94,8 +94,11 @@ def main(argv: list[str] | None = None) -> dict:
         )
     tasks.check(data.train, data.validation, args)
 
-    # 4. model
     memory = plan_memory("pt", (model_args, *arguments[1:]), tokenizer, data.train, block_size)
+    if run_args.dry_run:
+        return lifecycle.report_dry_run(args, data.report, data.train, memory)
+
+    # 4. model
     model = load_causal_lm(
         model_args, tokenizer, not lora_args.use_peft, args.label_smoothing_factor, quantization=quantization
     )
@@ -103,8 +106,6 @@ def main(argv: list[str] | None = None) -> dict:
     if isolate:
         check_packing(model, loading.first_documents(data.sample))
     model = attach_adapter(model, lora_args)
-    if run_args.dry_run:
-        return lifecycle.report_dry_run(args, data.report, data.train, memory)
 
     # 5. trainer: train, save, evaluate
     trainer = lifecycle.build_trainer(

@@ -6,6 +6,7 @@
 #   NNODES           machines (1); with more, start the same script on each with its NODE_RANK
 #   NODE_RANK        (0)   MASTER_ADDR (127.0.0.1)   MASTER_PORT (29500)
 #   DEEPSPEED        a DeepSpeed configuration (.json), passed as --deepspeed
+#   PYTORCH_ALLOC_CONF  (expandable_segments:True with MODEL on an NVIDIA GPU)
 #   MAX_RESTARTS     (0) how often torchrun starts all processes again after one died; they go on from the newest
 #                    checkpoint, so pass --save_steps
 
@@ -21,6 +22,10 @@ if [ -z "${MODEL:-}" ]; then
     MODEL=outputs/tiny-model
     EMBEDDED=yes
     [ -f "$MODEL/config.json" ] || python examples/build_tiny_model.py --output_dir "$MODEL"
+fi
+# a real model on a GPU: the allocator's segments grow, which leaves fewer gaps; settings of yours stay
+if [ -z "$EMBEDDED" ] && [ -z "${PYTORCH_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-}" ] && nvidia-smi -L > /dev/null 2>&1; then
+    export PYTORCH_ALLOC_CONF=expandable_segments:True
 fi
 
 # launch SCRIPT FLAGS...: plain python for one process, torchrun for several or where one is to be started again

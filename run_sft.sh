@@ -18,8 +18,8 @@ if [ -n "$EMBEDDED" ]; then # a small model learns by heart: a wide adapter, and
     PRESET=(--lora_rank 64 --lora_alpha 64 --lora_dropout 0 --modules_to_save embed_tokens --model_max_length 256
         --packing True --num_train_epochs 32 --learning_rate 2e-3 --warmup_steps 20 --per_device_train_batch_size 2
         --eval_strategy epoch)
-else
-    PRESET=(--lora_rank 8 --lora_alpha 16 --model_max_length 1024 --num_train_epochs 1 --learning_rate 2e-5
+else # an architecture that takes no position_ids needs --packing False at the end of the line
+    PRESET=(--lora_rank 8 --lora_alpha 16 --model_max_length 1024 --packing True --num_train_epochs 1 --learning_rate 2e-5
         --warmup_steps 0.05 --per_device_train_batch_size 4 --gradient_accumulation_steps 4 --eval_strategy steps
         --eval_steps 50 --gradient_checkpointing True)
 fi

@@ -110,8 +110,11 @@ def main(argv: list[str] | None = None) -> dict:
     train = pack_rows(data.train, encoding.max_length, sft_args.packing_strategy) if sft_args.packing else data.train
     tasks.check(train, data.validation, args)
 
-    # 4. model
     memory = plan_memory("sft", arguments, tokenizer, train, encoding.max_length, bool(new_tokens))
+    if run_args.dry_run:
+        return lifecycle.report_dry_run(args, data.report, train, memory)
+
+    # 4. model
     model = load_causal_lm(
         model_args, tokenizer, not lora_args.use_peft, args.label_smoothing_factor, quantization=quantization
     )
@@ -119,8 +122,6 @@ def main(argv: list[str] | None = None) -> dict:
     if sft_args.packing:
         check_packing(model, data.sample[:3]["input_ids"])
     model = attach_adapter(model, lora_args, trains_new_tokens=bool(new_tokens))
-    if run_args.dry_run:
-        return lifecycle.report_dry_run(args, data.report, train, memory)
 
     # 5. trainer: train, save, evaluate
     trainer = lifecycle.build_trainer(

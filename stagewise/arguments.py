@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -20,8 +21,10 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
+from transformers.utils import is_torch_tf32_available
 
-from stagewise.distributed import settle_engine, uses_fsdp
+from stagewise.devices import device_name, multiplies_bf16
+from stagewise.distributed import deepspeed_settings, settle_engine, uses_fsdp, zero_stage
 from stagewise.errors import InputError
 from stagewise.old_spellings import OLD_SPELLINGS, OldSpelling
 
@@ -360,19 +363,33 @@ class RunArguments:
         return int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else 1
 
 
+def _emulates_bf16(use_cpu: bool) -> bool:
+    import torch
+
+    return not use_cpu and torch.cuda.is_available() and not multiplies_bf16()
+
+
 @dataclass
 class StageTrainingArguments(TrainingArguments):
     """transformers.TrainingArguments with the defaults of this project; what its Trainer would get wrong is refused.
 
-    Three settings differ from the parent. Without an accelerator `use_cpu` is set: torchrun on CPUs is silently wrong
-    without it (every process trains a world of its own). With neither do_train nor do_eval given, both are on. And
-    output_dir has no default, so that no run lands in a folder that nobody chose.
+    Four settings differ from the parent. Without an accelerator `use_cpu` is set: torchrun on CPUs is silently wrong
+    without it (every process trains a world of its own). With neither do_train nor do_eval given, both are on.
+    output_dir has no default, so that no run lands in a folder that nobody chose. And an accelerator with bfloat16
+    multiplies in it unless another precision is asked for, and in TF32 what stays float32.
+
+    precision_note: in what precision products are that was not asked for, and how to choose another; else None.
     """
+
+    precision_note: str | None = field(default=None, init=False)
 
     # None until __post_init__, to tell "not given" from False; bool afterwards, as in the parent.
     do_train: bool | None = _option(None, "Train; with neither --do_train nor --do_eval given, both are on.")  # type: ignore[assignment]
     do_eval: bool | None = _option(None, "Evaluate at the end, and on the way as --eval_strategy says.")  # type: ignore[assignment]
     logging_steps: float = _option(10, "Log every N steps; below 1, every such share of the run.")
+    bf16: bool | None = _option(  # type: ignore[assignment]
+        None, "Mixed precision in bfloat16; unset: on where an accelerator has it and no other precision is asked for."
+    )
     report_to: None | str | list[str] = _option(
         "tensorboard", "Where metrics go: tensorboard, wandb and others, separated by commas; all; none."
     )
@@ -384,20 +401,68 @@ class StageTrainingArguments(TrainingArguments):
             raise InputError("--output_dir: missing; say which folder the run writes to")
         self._settle_tasks()
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # type: ignore[has-type]
+        self._check_numbers()
+        self._settle_reports()
+        settle_engine(self)
+        self._settle_precision()
+        super().__post_init__()
+        if not self.use_cpu and self.tf32 is not False:
+            # transformers' --tf32 uses a newer interface alone, and what compiles kernels still reads this one
+            torch.set_float32_matmul_precision("high")
+            if is_torch_tf32_available():
+                tf32 = "what stays float32 is multiplied in TF32 (--tf32 False: exactly)"
+                self.precision_note = "; ".join(filter(None, (self.precision_note, tf32)))
+
+    def _settle_precision(self) -> None:
+        """fp16 and bf16 as they were asked for, else bf16 where the device has it.
+
+        A DeepSpeed file that says more than "auto" of a precision asks for it, and one that says nothing of bfloat16
+        asks for float32: what it leaves out is off.
+        """
+        settings = deepspeed_settings(self)
+        in_file = {name: settings.get(name, {}).get("enabled", False) for name in ("bf16", "fp16")}
+        launcher = os.environ.get("ACCELERATE_MIXED_PRECISION")
+        if self.bf16 is None and not self.fp16:  # type: ignore[has-type]
+            self.bf16 = True if launcher == "bf16" or in_file["bf16"] is True else None
+            self.fp16 = launcher == "fp16" or (in_file["fp16"] is True and not self.use_cpu)
+        self._refuse_precision()
+        if self.bf16 is not None or self.fp16 or self.use_cpu:
+            self.bf16 = bool(self.bf16)
+            return
+        self.bf16 = multiplies_bf16() and (not self.deepspeed or in_file["bf16"] == "auto")
+        if self.bf16:
+            self.precision_note = "multiplies in bfloat16 (--bf16 False: in float32)"
+        elif multiplies_bf16():
+            self.precision_note = (
+                f"multiplies in float32, since {self.deepspeed} does not ask for bfloat16; "
+                '"bf16": {"enabled": "auto"} in it would'
+            )
+        else:
+            self.precision_note = (
+                f"multiplies in float32: {device_name()} has no bfloat16 of its own; --fp16 True is faster on most "
+                "such devices, with a scaled loss"
+            )
+
+    def _refuse_precision(self) -> None:
+        """What the device would silently compute in another precision."""
         for flag in ("fp16", "fp16_full_eval"):
             if getattr(self, flag) and self.use_cpu:
                 raise InputError(
                     f"--{flag}: the run is on CPU, where float16 is silently computed in float32; "
                     f"use --{flag.replace('fp16', 'bf16')}, or leave it out"
                 )
-        self._check_numbers()
-        self._settle_reports()
-        settle_engine(self)
-        super().__post_init__()
+        for flag in ("bf16", "bf16_full_eval"):
+            if getattr(self, flag) and _emulates_bf16(self.use_cpu):
+                raise InputError(
+                    f"--{flag}: {device_name()} only emulates bfloat16, more slowly than float32; use "
+                    f"--{flag.replace('bf16', 'fp16')} True, or leave it out"
+                )
 
     def _settle_tasks(self) -> None:
         if self.do_predict:
             raise InputError("--do_predict: a stage trains and evaluates; to generate use inference.py")
+        if self.batch_eval_metrics:
+            raise InputError("--batch_eval_metrics: there are no logits to evaluate in batches; leave the flag out")
         if self.do_train is None and self.do_eval is None:
             self.do_train = self.do_eval = True
         self.do_train, self.do_eval = bool(self.do_train), bool(self.do_eval)
@@ -434,6 +499,11 @@ class PPOTrainingArguments(StageTrainingArguments):
 
     learning_rate: float = _option(1e-5, "The initial learning rate.")
     logging_steps: float = _option(1, "Log every N iterations; below 1, every such share of the run.")
+
+    def __post_init__(self) -> None:
+        if self.use_liger_kernel:
+            raise InputError("--use_liger_kernel: PPO's models are not given Liger's kernels; leave it out")
+        super().__post_init__()
 
 
 # Headings of --help in their order. Those of TrainingArguments list how the names of their fields begin, so that a
@@ -758,6 +828,8 @@ def _check_stage(arguments: Sequence[Any], prog: str) -> None:
         )
     if any(getattr(each, "_trains_on_texts", False) for each in arguments):
         return
+    if any(getattr(each, "label_smoothing_factor", 0) for each in arguments):
+        raise InputError(f"--label_smoothing_factor: {prog} has no labels to smooth; leave it at 0")
     for flag in ("shift_attn", "trainable_params", "router_aux_loss_coef"):
         if any(getattr(each, flag, None) for each in arguments):
             raise InputError(f"--{flag}: not for {prog}; it is one of pretraining.py and supervised_finetuning.py")
@@ -768,6 +840,12 @@ def _check_engine(args: TrainingArguments, values: dict[str, Any]) -> None:
     if values.get("upcast_layernorm") and (args.deepspeed or uses_fsdp(args)):
         engine = "--deepspeed" if args.deepspeed else "--fsdp"
         raise InputError(f"--upcast_layernorm: found beside {engine}, which has one data type for all; leave it out")
+    shards = "--fsdp" if uses_fsdp(args) else f"--deepspeed {args.deepspeed}" if zero_stage(args) == 3 else None
+    if values.get("device_map") and shards:
+        raise InputError(
+            f"--device_map {values['device_map']}: found beside {shards}, which shares out the weights itself; leave "
+            "--device_map out"
+        )
     if args.deepspeed and values.get("on_nan") == "skip":
         raise InputError(
             "--on_nan skip: found beside --deepspeed, which changes the weights before the step can be looked at; "

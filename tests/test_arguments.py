@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -79,8 +80,24 @@ def _old_spellings_are_heard(caplog):
 
 @pytest.fixture
 def accelerator(monkeypatch):
-    """A machine that has an accelerator."""
+    """A machine that has an accelerator. Returns the precisions that float32 products were set to."""
+    set_to: list[str] = []
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
+    return set_to
+
+
+@pytest.fixture
+def gpu(accelerator, monkeypatch):
+    """A machine with a GPU: gpu(bf16=True)."""
+
+    def pretend(bf16: bool) -> None:
+        monkeypatch.setattr(arguments, "multiplies_bf16", lambda: bf16)
+        monkeypatch.setattr(arguments, "_emulates_bf16", lambda use_cpu: not use_cpu and not bf16)
+        monkeypatch.setattr(arguments, "device_name", lambda: "Tesla T4")
+        monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+
+    return pretend
 
 
 @pytest.fixture
@@ -392,6 +409,111 @@ def test_accelerator_is_used_unless_cpu_is_asked_for():
 def test_float16_on_cpu_is_refused(flag):
     with pytest.raises(InputError, match=f"^--{flag}: the run is on CPU.*--bf16"):
         training(f"--{flag}", "--use_cpu")
+
+
+@pytest.mark.parametrize(
+    ("bf16", "flags", "expected", "note"),
+    [
+        (True, [], (True, False), r"bfloat16 \(--bf16 False"),
+        (True, ["--bf16", "False"], (False, False), None),
+        (True, ["--bf16"], (True, False), None),
+        (True, ["--fp16"], (False, True), None),
+        (True, ["--use_cpu"], (False, False), None),
+        (False, [], (False, False), r"float32: Tesla T4 has no bfloat16 .*--fp16 True"),
+        (False, ["--fp16"], (False, True), None),
+        (False, ["--bf16", "--use_cpu"], (True, False), None),
+    ],
+)
+def test_an_accelerator_multiplies_in_bfloat16_unless_told_otherwise(bf16, flags, expected, note, gpu):
+    gpu(bf16)
+    args = training(*flags)
+    assert (args.bf16, args.fp16) == expected
+    assert args.mixed_precision == ("bf16" if args.bf16 else "fp16" if args.fp16 else "no")
+    assert (args.precision_note is None) if note is None else re.search(note, args.precision_note)
+
+
+@pytest.mark.usefixtures("no_accelerator")
+def test_a_cpu_multiplies_in_float32(monkeypatch):
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: pytest.fail("TF32 on a CPU"))
+    args = training()
+    assert (args.bf16, args.fp16, args.precision_note) == (False, False, None)
+
+
+@pytest.mark.parametrize("flag", ["bf16", "bf16_full_eval"])
+def test_emulated_bfloat16_is_refused(flag, gpu):
+    gpu(False)
+    with pytest.raises(
+        InputError, match=f"^--{flag}: Tesla T4 only emulates .*use --{flag.replace('bf16', 'fp16')} True"
+    ):
+        training(f"--{flag}")
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({"bf16": "auto", "fp16": "auto"}, (True, False)),
+        ({"bf16": False}, (False, False)),
+        ({"fp16": "auto"}, (False, False)),
+        ({}, (False, False)),
+        ({"fp16": True}, (False, True)),
+        ({"bf16": True}, (True, False)),
+    ],
+)
+def test_a_deepspeed_file_says_more(sections, expected, gpu, config):
+    gpu(True)
+    text = json.dumps({name: {"enabled": enabled} for name, enabled in sections.items()})
+    args = StageTrainingArguments.__new__(StageTrainingArguments)
+    args.bf16, args.fp16, args.use_cpu, args.deepspeed = None, False, False, config("ds.json", text)
+    args.bf16_full_eval = args.fp16_full_eval = False
+    args._settle_precision()
+    assert (args.bf16, args.fp16) == expected
+    if expected == (False, False):
+        assert "ds.json does not ask for bfloat16" in args.precision_note
+
+
+@pytest.mark.parametrize("asked", ["bf16", "fp16", "no"])
+def test_what_accelerate_launch_asks_for(asked, gpu, monkeypatch):
+    gpu(True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+    args = training()
+    assert (args.bf16, args.fp16) == (asked != "fp16", asked == "fp16")
+    assert training("--bf16", "False").fp16 is False
+
+
+def test_float32_products_are_in_tf32_unless_told_otherwise(accelerator, gpu, monkeypatch):
+    gpu(True)
+    monkeypatch.setattr(arguments, "is_torch_tf32_available", lambda: True)
+    assert re.fullmatch(r".*bfloat16 .*; what stays float32 .* TF32 \(--tf32 False.*", training().precision_note)
+    assert re.match("what stays float32 .* TF32", training("--bf16", "False").precision_note)
+    assert accelerator == ["high", "high"]
+    assert "TF32" not in training("--tf32", "False").precision_note
+    assert training("--use_cpu").precision_note is None
+    assert accelerator == ["high", "high"]
+
+
+def test_a_run_keeps_its_precision_on_another_machine(gpu, config, monkeypatch):
+    """What run_config.yaml says of it, replayed: bfloat16 of a GPU on a CPU, float32 of a CPU on a GPU."""
+    from stagewise.run.lifecycle import resolved_arguments
+
+    gpu(True)
+    on_gpu = config("gpu.yaml", yaml.safe_dump(resolved_arguments([training()])))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert parse_arguments(StageTrainingArguments, argv=[on_gpu, "--output_dir", "o"])[0].bf16 is True
+    on_cpu = config("cpu.yaml", yaml.safe_dump(resolved_arguments([training()])))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert parse_arguments(StageTrainingArguments, argv=[on_cpu, "--output_dir", "o"])[0].bf16 is False
+
+
+@pytest.mark.parametrize(
+    ("engine", "named"), [(["--deepspeed", "zero3.json"], "--deepspeed zero3.json"), (["--fsdp", "True"], "--fsdp")]
+)
+def test_a_device_map_beside_shared_weights_is_named(engine, named, monkeypatch):
+    monkeypatch.setattr(arguments, "settle_engine", lambda args: None)
+    monkeypatch.setattr(StageTrainingArguments, "__post_init__", lambda self: None)
+    argv = ["--model_name_or_path", "m", "--output_dir", "o", "--device_map", "auto", *engine]
+    with pytest.raises(InputError, match=f"^--device_map auto: found beside {named}, .*leave --device_map out"):
+        parse_arguments(ModelArguments, StageTrainingArguments, argv=argv)
+    parse_arguments(ModelArguments, StageTrainingArguments, argv=[*argv[:-4], "--deepspeed", "zero2.json"])
 
 
 @pytest.mark.parametrize(

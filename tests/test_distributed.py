@@ -234,8 +234,9 @@ def test_gone_on_with_by_another_number_of_processes(group, one_process, command
 def test_what_is_not_gone_on_with(engine, rows, deepspeed, refused, group):
     checkpoint = str(group(engine) / "sft-full-begun" / "checkpoint-2")
     args = SimpleNamespace(
-        per_device_train_batch_size=rows, gradient_accumulation_steps=1, world_size=1, deepspeed=deepspeed, fsdp=False
-    )
+        per_device_train_batch_size=rows, gradient_accumulation_steps=1, world_size=1, deepspeed=deepspeed, fsdp=False,
+        bf16=False, fp16=False,
+    )  # fmt: skip
     with pytest.raises(InputError, match=refused):
         check_layout(checkpoint, args)
 

@@ -13,6 +13,7 @@ FLOORS = {
     "stagewise.multitask_arguments": -1,
     "stagewise.old_spellings": -1,
     "stagewise.distributed": -1,
+    "stagewise.devices": -1,
     "stagewise.checkpoint_files": -1,
     "template": 0,
     "stagewise.losses": 1,

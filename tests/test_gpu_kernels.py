@@ -1,5 +1,8 @@
 """--flash_attn and --use_liger_kernel, as far as that goes without a GPU: what is refused, what kernels are given."""
 
+import sys
+from types import ModuleType, SimpleNamespace
+
 import pytest
 import torch
 from transformers import AttentionInterface
@@ -10,7 +13,7 @@ from stagewise.errors import InputError
 from stagewise.modeling import attention, liger
 from stagewise.modeling.attention import check_kernel, require_flash_attention
 from tests.architectures import tiny_model
-from tests.stages import LORA, run_pt, run_sft
+from tests.stages import LORA, run_pt, run_rm, run_sft
 
 
 def pretend(monkeypatch, capability: tuple[int, int] | None, installed: bool) -> None:
@@ -159,3 +162,35 @@ def test_ligers_kernels_leave_the_loss_alone(monkeypatch):
     off = {"cross_entropy": False, "fused_linear_cross_entropy": False}
     assert liger.liger_config(None) == off
     assert liger.liger_config({"rope": False}) == off | {"rope": False}
+
+
+@pytest.fixture
+def pretended_liger(monkeypatch):
+    """A package that does to a model what Liger does: unless told not to, it gives it a language model's forward."""
+
+    def apply(model, fused_linear_cross_entropy=True, **config):
+        applied.append((type(model).__name__, config))
+        if fused_linear_cross_entropy:
+            model.forward = lambda *args, **kwargs: pytest.fail("the forward pass of a language model")
+
+    applied: list = []
+    package, patches = ModuleType("liger_kernel.transformers"), ModuleType("liger_kernel.transformers.monkey_patch")
+    package._apply_liger_kernel_to_instance = apply
+    patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": apply}
+    for module in (ModuleType("liger_kernel"), package, patches):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(liger, "find_spec", lambda name: object())
+    monkeypatch.setattr(liger, "torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True)))
+    monkeypatch.setattr("transformers.integrations.liger.is_liger_kernel_available", lambda: True)
+    return applied
+
+
+def test_a_reward_model_keeps_its_scores_under_liger(pretended_liger, tiny_model_dir, preference_file, tmp_path):
+    run_rm(tiny_model_dir, preference_file, tmp_path, *LORA, "--max_steps", "1", "--use_liger_kernel", "True")
+    assert pretended_liger == [("LlamaForSequenceClassification", {"cross_entropy": False})]
+
+
+def test_an_architecture_without_kernels_of_liger_is_refused(pretended_liger):
+    liger.require_liger(None, "llama")
+    with pytest.raises(InputError, match="--use_liger_kernel: Liger has no kernels for bloom"):
+        liger.require_liger(None, "bloom")

@@ -1,8 +1,8 @@
-"""Gradients in 16 bits are as near to the exact ones as autograd's through the same head, whatever the step is made of.
+"""Gradients in 16 bits are as near to the exact ones as autograd's through the same head, whatever is in a step.
 
-A loss looks healthy with wrong gradients, so these are compared: relative to those of float64, and never worse than 1.5
-times what plain operations in the same 16 bits give. What finds faults are the loss scale (it comes after gradients
-were rounded), the tokens of a step (each gradient is divided by them), and how well the tokens are predicted.
+A loss looks healthy with wrong gradients, so these are compared: relative to those of float64, and never worse than
+1.5 times what plain operations in the same 16 bits give. What finds faults are the loss scale (it comes after
+gradients were rounded), the tokens of a step (each gradient is divided by them), and how well they are predicted.
 """
 
 import contextlib

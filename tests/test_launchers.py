@@ -107,7 +107,7 @@ def test_accelerate_launch_with_fsdp(flags, one_process, tmp_path):
 
 def shell(flags: list[str], **env: str) -> subprocess.Popen:
     """run_sft.sh with its presets overridden."""
-    plain = ["--lora_alpha", "32", "--warmup_steps", "0", "--lr_scheduler_type", "linear"]
+    plain = ["--packing", "False", "--lora_alpha", "32", "--warmup_steps", "0", "--lr_scheduler_type", "linear"]
     plain += ["--gradient_accumulation_steps", "1", "--eval_strategy", "no", "--gradient_checkpointing", "False"]
     values = dict(zip(flags[::2], flags[1::2], strict=True))
     found = {"MODEL": values["--model_name_or_path"], "TRAIN": values["--train_file_dir"], "TEMPLATE": "chatml"}
@@ -268,7 +268,7 @@ def test_several_gpus_and_one_plain_process(monkeypatch):
     """transformers would wrap the model in nn.DataParallel; here the torchrun line is printed."""
     from stagewise.run.lifecycle import start_run
 
-    args = SimpleNamespace(seed=1, n_gpu=4, output_dir="never-written")
+    args = SimpleNamespace(seed=1, n_gpu=4, output_dir="never-written", precision_note=None)
     with pytest.raises(InputError, match="torchrun --nproc_per_node 4"):
         start_run(args, SimpleNamespace())
 

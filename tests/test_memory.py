@@ -266,11 +266,35 @@ def test_data_parallelism_and_fsdp(llama_8b):
     two = estimate(llama_8b, TrainingSetup(rows=1, length=1, processes=2, local_processes=2))
     assert (two.weights, two.optimizer) == (one.weights, one.optimizer)
     assert two.gradients == 2 * one.gradients  # the buckets that are reduced
-    setup = TrainingSetup(rows=1, length=1, processes=4, local_processes=4, engine="fsdp", stage=3)
-    sharded = estimate(llama_8b, setup)
-    assert (sharded.gradients, sharded.optimizer) == (one.gradients // 4, one.optimizer // 4)
-    assert sharded.weights == one.weights // 4 + one.weights // 32
-    assert estimate(llama_8b, replace(setup, stage=2)).weights == one.weights
+
+
+def test_fsdp_by_hand(llama_8b, llama_8b_lora):
+    """Llama 8B on 8 devices. A layer is counted as 1/32 of all parameters, the head is 128256 x 4096."""
+    setup = TrainingSetup(rows=1, length=1, processes=8, local_processes=8, engine="fsdp", stage=3, autocast=True)
+    parameters, layer, head = 8_030_261_248, 250_945_664, 525_336_576
+    full = estimate(llama_8b, setup)
+    # float32 shards; gathered in bf16: two layers and the head; two layers' gradients in bf16 until they are reduced
+    assert full.weights == 4 * parameters // 8 + 2 * (2 * layer + head)
+    assert full.gradients == 4 * parameters // 8 + 2 * 2 * layer
+    assert full.optimizer == 8 * parameters // 8
+    assert full.casts == 0  # the gathered weights are the 16-bit copies
+    assert full.model_states / GIB == pytest.approx(17.80, abs=0.01)
+    # trained weights are made float32 whatever they were; nothing is gathered in another type without --bf16
+    assert estimate(llama_8b, replace(setup, weight_bytes=2)).model_states == full.model_states
+    plain = estimate(llama_8b, replace(setup, autocast=False))
+    assert plain.weights == 4 * parameters // 8 + 4 * (2 * layer + head)
+    # all of it stays gathered where it is not let go after the forward pass
+    assert estimate(llama_8b, replace(setup, stage=2)).weights == 4 * parameters // 8 + 2 * parameters
+    # an adapter of 20,971,520 float32 numbers on a base in bf16
+    lora = estimate(llama_8b_lora, replace(setup, weight_bytes=2))
+    assert lora.weights == (2 * parameters + 4 * 20_971_520) // 8 + 2 * (2 * layer + head)
+    assert lora.gradients == 4 * 20_971_520 // 8 + 2 * 2 * (20_971_520 // 32)
+
+
+def test_activations_under_fsdp_are_those_of_16_bit_weights(llama_8b):
+    half = TrainingSetup(rows=2, length=1024, weight_bytes=2)
+    fsdp = replace(half, weight_bytes=4, autocast=True, engine="fsdp", stage=3, processes=8, local_processes=8)
+    assert saved_by_layers(llama_8b, fsdp) == saved_by_layers(llama_8b, half)
 
 
 # --- activations -----------------------------------------------------------------------------------------------------

@@ -558,7 +558,7 @@ def test_dry_run_prints_the_audit_and_writes_nothing(tiny_model_dir, preference_
         (["--max_length", "4096"], "--max_length 4096: the model was made for 1024"),
         (["--max_length", "8"], "a prompt that does not fit max_length"),
         (["--streaming", "True", "--max_steps", "2"], "--streaming: pairs are counted"),
-        (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor: pairs have no labels"),
+        (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor: reward_modeling.py has no labels"),
         (["--center_rewards_coefficient", "-1"], "--center_rewards_coefficient: found -1.0"),
         (["--max_target_length", "64"], "--max_target_length: found without --max_source_length"),
     ],

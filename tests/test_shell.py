@@ -74,6 +74,32 @@ def test_the_pipeline_leaves_its_report(workspace):
     assert (root / "pt" / "training_loss.png").stat().st_size > 5000
 
 
+@pytest.mark.parametrize(
+    ("env", "gpu", "settings"),
+    [
+        ({"MODEL": "m"}, True, "expandable_segments:True"),
+        ({"MODEL": "m"}, False, ""),
+        ({}, True, ""),
+        ({"MODEL": "m", "PYTORCH_ALLOC_CONF": "backend:native"}, True, "backend:native"),
+        ({"MODEL": "m", "PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, True, ""),
+    ],
+)
+def test_what_a_real_model_is_started_with(env, gpu, settings, tmp_path):
+    """Commands that stand in for python and the driver's tool say what run_sft.sh would have done."""
+    for name in ("run_common.sh", "run_sft.sh"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "setup_environment.sh").write_text("install_requirements() { :; }\n")
+    commands = {"python": 'echo "$PYTORCH_ALLOC_CONF | $*"', "nvidia-smi": f"exit {0 if gpu else 1}"}
+    (tmp_path / "bin").mkdir()
+    for name, body in commands.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    clean = {"PYTORCH_ALLOC_CONF": "", "PYTORCH_CUDA_ALLOC_CONF": "", "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    said = check(run("bash run_sft.sh --packing False", tmp_path, **(clean | env))).splitlines()[-1]
+    assert said.startswith(f"{settings} | supervised_finetuning.py")
+    assert re.findall(r"--packing (\w+)", said) == ["True", "False"]  # the last one counts
+
+
 def test_one_variable_starts_torchrun(workspace):
     """Two processes with half the batch each end where one process ends."""
     flags = "--max_steps 2 --eval_strategy no --use_peft False --packing False --save_strategy no --do_train True"

@@ -106,6 +106,12 @@ TRAINING = [
     case(DPO, "--target_modules q_proj,lm_head", "--target_modules", "lm_head", "leave it out"),
     case(PPO, "--total_episodes 64 --max_steps 3", "--total_episodes", "--max_steps", "one of them"),
     case(PPO, "--label_smoothing_factor 0.1", "--label_smoothing_factor", "leave it at 0"),
+    case(RM, "--label_smoothing_factor 0.1", "--label_smoothing_factor", "no labels", "leave it at 0"),
+    case(DPO, "--label_smoothing_factor 0.1", "--label_smoothing_factor", "no labels", "leave it at 0"),
+    case(SFT, "--batch_eval_metrics True", "--batch_eval_metrics", "leave the flag out"),
+    case(RM, "--batch_eval_metrics True", "--batch_eval_metrics", "leave the flag out"),
+    case(RM, "--use_liger_kernel True", "--use_liger_kernel", "leave it out"),
+    case(PPO, "--use_liger_kernel True", "--use_liger_kernel", "PPO", "leave it out"),
     case(PPO, "--value_init reward_model", "--value_init reward_model", "--value_init zero"),
     # files of settings
     case(SFT, "--deepspeed nowhere.json", "--deepspeed nowhere.json", "cannot be read"),
@@ -302,10 +308,21 @@ def test_a_settings_file_that_is_missing_or_broken(places, refuse, monkeypatch):
 
 
 @pytest.mark.parametrize("script", STAGES)
-def test_what_the_cases_change_works_without_them(script, places, tmp_path, monkeypatch, capsys):
+def test_a_dry_run_loads_no_weights(script, places, no_weights, tmp_path, monkeypatch, capsys):
+    """The same in every stage: data report, memory by engine, no file. What the cases change works without them."""
     monkeypatch.chdir(tmp_path)
-    importlib.import_module(script).main([*Case(script, "", ()).argv(places), "--dry_run", "True"])
-    assert "nothing was written" in capsys.readouterr().out
+    report = importlib.import_module(script).main([*Case(script, "", ()).argv(places), "--dry_run", "True"])
+    printed = capsys.readouterr().out
+    for said in ('"train": {', "Memory by estimate", "--deepspeed zero3.json", "steps an epoch; nothing was written"):
+        assert said in printed
+    assert report["estimated_memory_gib"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_a_dry_run_looks_at_the_model(script, places, refuse):
+    wrong = Case(script, "--target_modules q_prox", ("--target_modules", "q_prox", "down_proj", "q_proj"))
+    refuse(wrong, ("--dry_run", "True"))
 
 
 @pytest.mark.parametrize(
@@ -326,22 +343,29 @@ def test_what_only_looks_wrong_is_let_through(flags, places, tmp_path, monkeypat
     assert "nothing was written" in capsys.readouterr().out
 
 
+def heavy(*args, **kwargs):
+    raise AssertionError("rows were tokenized, or weights loaded")
+
+
 @pytest.fixture
-def refuse(places, tmp_path, monkeypatch, capsys):
-    """Runs a case where nothing heavy is allowed, and holds what it says and leaves against what a user may expect."""
-    import torch
+def no_weights(monkeypatch):
     import transformers
 
-    from stagewise.data import loading as data
-    from stagewise.modeling import loading as modeling
+    from stagewise.modeling import loading
 
-    def heavy(*args, **kwargs):
-        raise AssertionError("rows were tokenized, or weights loaded")
+    monkeypatch.setattr(loading, "_build_model", heavy)
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", heavy)
+
+
+@pytest.fixture
+def refuse(places, no_weights, tmp_path, monkeypatch, capsys):
+    """Runs a case where nothing heavy is allowed, and holds what it says and leaves against what a user may expect."""
+    import torch
+
+    from stagewise.data import loading as data
 
     for name in ("documents", "conversations", "preferences", "prompts"):
         monkeypatch.setattr(data, f"tokenize_{name}", heavy)
-    monkeypatch.setattr(modeling, "_build_model", heavy)
-    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", heavy)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")

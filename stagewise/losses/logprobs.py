@@ -21,9 +21,9 @@ IGNORE_INDEX = -100
 MAX_LOGITS_ELEMENTS, MIN_CHUNK_ROWS = 2**24, 256
 # Columns of a head's gradient that are multiplied at a time where the product has to be converted to fp32.
 GRADIENT_COLUMNS = 2**14
-# What gradients in fp16 are multiplied by on their way through the head. At a logit they are probabilities, many of them
-# below fp16's smallest normal number, 6e-5. Behind a product with the head's matrix they are up to 2 * 2**8 times its
-# largest weight, and fp16 ends at 65504.
+# What gradients in fp16 are multiplied by on their way through the head. At a logit they are probabilities, many of
+# them below fp16's smallest normal number, 6e-5. Behind a product with the head's matrix they are up to 2 * 2**8 times
+# its largest weight, and fp16 ends at 65504.
 FP16_SCALE = 2.0**8
 
 

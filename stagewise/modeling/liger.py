@@ -28,3 +28,12 @@ def liger_config(found: dict | None) -> dict:
     if not torch.cuda.is_available():
         raise InputError("--use_liger_kernel: its kernels run on GPUs alone, and none is found; leave it out")
     return found | dict.fromkeys(LOSSES, False)
+
+
+def require_liger(found: dict | None, model_type: str) -> None:
+    """Raises InputError as liger_config, or where Liger has no kernels for the architecture (it would do nothing)."""
+    liger_config(found)
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise InputError(f"--use_liger_kernel: Liger has no kernels for {model_type}; leave it out")

@@ -43,7 +43,8 @@ class TrainingSetup:
         others ("segments": sdpa without masks) neither.
     accumulation: forward and backward passes of an optimizer step.
     forwards: passes whose activations are kept together: PPO's policy and value model.
-    engine: what shares out the work; stage: what of the states it shards, as ZeRO's 0 to 3.
+    engine: what shares out the work; stage: what of the states it shards, as ZeRO's 0 to 3 (FSDP: 3 where gathered
+        weights are let go after the forward pass, else 2).
     half: DeepSpeed keeps weights and gradients in 16 bits, and a master copy in float32.
     processes, local_processes: of the run, and of each machine.
     logits: what the loss keeps of them: "chunk" (64 MiB, whatever the vocabulary), "whole", or "none" (a score head).
@@ -86,8 +87,10 @@ class TrainingSetup:
 
     @property
     def stream_bytes(self) -> int:
-        """Of a number in the residual stream, which has the data type of the weights."""
-        return 2 if self.engine == "deepspeed" and self.half else self.weight_bytes
+        """Of a number in the residual stream, which has the data type of the weights as they are used."""
+        if (self.engine == "deepspeed" and self.half) or (self.engine == "fsdp" and self.autocast):
+            return 2
+        return self.weight_bytes
 
     @property
     def product_bytes(self) -> int:
@@ -210,23 +213,49 @@ def optimizer_bytes(model: ModelShape, optimizer: str, number_bytes: int) -> int
 
 
 def _plain_states(model: ModelShape, setup: TrainingSetup) -> dict[str, int]:
-    """One process, DistributedDataParallel (whose buckets are a second copy of the gradients), or FSDP."""
-    shared = setup.processes if setup.engine == "fsdp" else 1
+    """One process, or DistributedDataParallel (whose buckets are a second copy of the gradients)."""
+    if setup.engine == "fsdp":
+        return _fsdp_states(model, setup)
     own = weight_bytes(model, setup)
     trained = 4 * model.adapter + setup.weight_bytes * (model.trainable - model.adapter)
-    weights = own + (trained if model.adapter else 0)
-    if setup.engine == "fsdp" and setup.stage == 3:
-        weights = weights // shared + own // model.layers  # one layer is gathered
     optimizer = optimizer_bytes(model, setup.optimizer, trained)
     paged = setup.optimizer.startswith("paged_") and not setup.on_cpu
     return {
-        "weights": weights + setup.frozen_bytes // (shared if setup.stage == 3 else 1),
-        "gradients": trained // shared * (2 if setup.processes > 1 and setup.engine == "ddp" else 1),
+        "weights": own + (trained if model.adapter else 0) + setup.frozen_bytes,
+        "gradients": trained * (2 if setup.processes > 1 else 1),
         "master_weights": 0,
-        "optimizer": 0 if paged else optimizer // shared,
+        "optimizer": 0 if paged else optimizer,
         "host_states": optimizer * setup.local_processes if paged else 0,
         "host_buffers": 0,
         "host_loading": 0 if setup.on_cpu else own * setup.local_processes,
+    }
+
+
+def _fsdp_states(model: ModelShape, setup: TrainingSetup) -> dict[str, int]:
+    """FSDP2 as accelerate sets it up: what lasts is shared out, and what is trained is float32 under --bf16.
+
+    Units are the decoder layers, the embedding, and the head with the last norm. They are gathered in the data type
+    of the products, so that autocast finds nothing to copy: a layer and the next one on its way, and the head, which
+    stays; without reshard_after_forward (stage 2) all of them stay. In backward one layer's gradient is computed
+    while that of another is reduced.
+    """
+    number, product = 4 if setup.autocast else setup.weight_bytes, setup.product_bytes
+    trained = 4 * model.adapter + number * (model.trainable - model.adapter)
+    lasting = trained + (model.parameters * setup.weight_bytes if model.adapter else 0)
+    head, layer = model.vocab * model.hidden, model.parameters // model.layers
+    gathered = head + 2 * layer if setup.stage == 3 else model.parameters
+    optimizer = optimizer_bytes(model, setup.optimizer, trained)
+    paged = setup.optimizer.startswith("paged_") and not setup.on_cpu
+    return {
+        "weights": lasting // setup.processes
+        + product * gathered
+        + setup.frozen_bytes // (setup.processes if setup.stage == 3 else 1),
+        "gradients": trained // setup.processes + 2 * product * (model.trainable // model.layers),
+        "master_weights": 0,
+        "optimizer": 0 if paged else optimizer // setup.processes,
+        "host_states": optimizer // setup.nodes if paged else 0,
+        "host_buffers": 0,
+        "host_loading": 0 if setup.on_cpu else model.parameters * setup.weight_bytes * setup.local_processes,
     }
 
 

@@ -13,7 +13,7 @@ from stagewise.arguments import LoraArguments, ModelArguments
 from stagewise.errors import InputError, first_line
 from stagewise.modeling.attention import is_flash, require_16_bits, require_flash_attention, require_position_ids
 from stagewise.modeling.experts import find_router_loss
-from stagewise.modeling.liger import liger_config
+from stagewise.modeling.liger import require_liger
 from stagewise.modeling.loading import check_single_score, is_reward_model, load_config, weights_dtype
 from stagewise.modeling.lora import embedding_names, expert_parameters
 from stagewise.modeling.model_files import ADAPTER_WEIGHTS, Shapes, same_weights, tensor_shapes, weight_shapes
@@ -51,7 +51,7 @@ def check_model(
             rows nothing would train; targets that match nothing; an adapter, or a checkpoint, of another model.
     """
     config = load_config(model_args)
-    _check_machine(model_args, args)
+    _check_machine(model_args, config, args)
     _check_precision(model_args, config, args, trains_all=not lora_args.use_peft)
     if scores:
         check_single_score(model_args, config)
@@ -109,9 +109,9 @@ def _check_options(model_args: ModelArguments, model: Any, scores: bool) -> None
         find_router_loss(model, model_args.router_aux_loss_coef)
 
 
-def _check_machine(model_args: ModelArguments, args: TrainingArguments) -> None:
+def _check_machine(model_args: ModelArguments, config: PretrainedConfig, args: TrainingArguments) -> None:
     if args.use_liger_kernel:
-        liger_config(args.liger_kernel_config)
+        require_liger(args.liger_kernel_config, config.model_type)
     place = model_args.device_map
     if place is not None and place not in DEVICE_MAPS:
         check_device("--device_map", place, ", ".join(DEVICE_MAPS))

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -294,7 +295,14 @@ def hold_frequencies(model: nn.Module) -> None:
     A cast of the whole model (--bf16_full_eval, DeepSpeed) would round them to bf16, which is radians off at long
     positions. And transformers' dynamic scaling goes on with the frequencies of the longest row that it has seen,
     until one comes that is shorter than the original length: what a row gives would depend on the rows before it.
+    TF32 is off while angles are made, which some models do by a matrix product: it has eleven significant bits, and
+    positions from 2049 on need more.
     """
+    for module in model.modules():
+        if any(_is_in_use(name) for name, _ in module.named_buffers(recurse=False)):
+            full = _FullProducts()
+            module.register_forward_pre_hook(full.begin)
+            module.register_forward_hook(full.end, always_call=True)
     for module in _rotary_modules(model):
         if "longrope" not in _rope_types(module):  # which writes into its frequencies
             module.register_forward_pre_hook(_Frequencies(module))
@@ -318,6 +326,23 @@ class _Frequencies:
                 setattr(rotary, name.removesuffix("inv_freq") + "max_seq_len_cached", rotary.original_max_seq_len)
             if self.is_dynamic or present.dtype != built.dtype:
                 setattr(rotary, name, built)
+
+
+class _FullProducts:
+    """Forward hooks: products of float32 numbers are exact in between."""
+
+    def __init__(self) -> None:
+        self.found: str | None = None
+
+    def begin(self, module: nn.Module, inputs: tuple) -> None:
+        if not torch.compiler.is_compiling():  # which cannot follow the switch
+            self.found = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+
+    def end(self, module: nn.Module, inputs: tuple, output: object) -> None:
+        if self.found is not None:
+            torch.set_float32_matmul_precision(self.found)
+            self.found = None
 
 
 def _rotary_modules(model: nn.Module) -> Iterator[nn.Module]:

@@ -20,6 +20,8 @@ from stagewise.checkpoint_files import move_into, saving
 from stagewise.distributed import decide_on_first
 from stagewise.errors import InputError, TrainingDiverged
 from stagewise.modeling.attention import check_kernel
+from stagewise.modeling.experts import every_pass_trains_all
+from stagewise.modeling.liger import liger_config
 from stagewise.modeling.quantization import Quantization
 from stagewise.modeling.rope_scaling import rope_setting
 from stagewise.run import lineage
@@ -75,6 +77,8 @@ def start_run(args, run_args) -> str | None:
             are visible to one plain process.
     """
     setup_logging()
+    if args.precision_note is not None:
+        logger.info("precision: %s", args.precision_note)
     set_seed(args.seed)
     if args.n_gpu > 1:
         raise InputError(
@@ -169,7 +173,7 @@ def _plain(value: object):
 
 
 def report_dry_run(args, data_report: dict, train_dataset, memory: MemoryPlan | None, rounds: int = 1) -> dict:
-    """Print what would be trained and what memory it would want, write nothing; returns the report.
+    """Print what would be trained and what memory it would want, load and write nothing; returns the report.
 
     Args:
         memory: None where it could not be estimated.
@@ -188,8 +192,15 @@ def report_dry_run(args, data_report: dict, train_dataset, memory: MemoryPlan | 
 
 
 def build_trainer(trainer_class: type[Trainer], args, run_args, **kwargs) -> Trainer:
-    """The Trainer with our log line, the signal handler, and early stopping where it is asked for."""
+    """The Trainer with our log line, the signal handler, and early stopping where it is asked for.
+
+    Liger patches the model with a language model's forward pass, unless it is told not to: a reward model too.
+    """
     check_kernel(kwargs["model"], args.bf16 or args.fp16)
+    if args.ddp_find_unused_parameters is None and every_pass_trains_all(kwargs["model"]):
+        args.ddp_find_unused_parameters = False  # transformers looks for them in every step of an adapter
+    if args.use_liger_kernel:
+        args.liger_kernel_config = liger_config(args.liger_kernel_config)
     _hide_token(args)
     if (args.save_total_limit or 0) > 1 and args.eval_strategy != "no":
         _look_for_best(args)  # a checkpoint that is known to be the best is not deleted
@@ -244,6 +255,7 @@ def train_and_save(
         TrainingDiverged: nothing is saved then; the message names the last checkpoint that is sound.
     """
     stage_fields |= {"rope": rope_setting(trainer.model.config), "layout": lineage.layout_of(trainer.args)}
+    trainer.full_speed = memory.full_speed if memory is not None else None
     trainer.checkpoint_writers.append(lambda folder: lineage.write_stage(folder, **stage_fields))
     if checkpoint is not None and checkpoint_step(checkpoint) >= total_steps(trainer):
         logger.info("%s is at the end of the run: nothing left to train", checkpoint)

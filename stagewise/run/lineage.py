@@ -74,17 +74,22 @@ def check_resumed(checkpoint: str | None, config: PretrainedConfig) -> None:
 
 
 def layout_of(args) -> dict[str, str | int]:
-    """What a step is made of: engine ("plain", "zero2", "fsdp"), processes, rows_per_step of all of them."""
+    """What a step is made of: engine ("plain", "zero2", "fsdp"), processes, rows_per_step of all of them, precision of
+    its products ("bf16", "fp16", "float32").
+    """
     engine = "fsdp" if uses_fsdp(args) else f"zero{zero_stage(args)}" if args.deepspeed else "plain"
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return {"engine": engine, "processes": args.world_size, "rows_per_step": rows}
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "float32"
+    return {"engine": engine, "processes": args.world_size, "rows_per_step": rows, "precision": precision}
 
 
 def check_layout(checkpoint: str | None, args) -> None:
-    """Refuse to go on with steps of another size or under another engine; say where going on is not exact.
+    """Refuse to go on with steps of another size or precision, or under another engine; say where going on is not
+    exact.
 
     Raises:
-        InputError: a step of the checkpoint's run took other rows, or its optimizer cannot be read here.
+        InputError: a step of the checkpoint's run took other rows, or multiplied in another precision, or its
+            optimizer cannot be read here.
     """
     then = (read_stage(checkpoint) or {}).get("layout") if checkpoint else None
     if then is None:
@@ -102,6 +107,12 @@ def check_layout(checkpoint: str | None, args) -> None:
         raise InputError(
             f"{flag}: was written by {then['engine']}, and {now['engine']} cannot read its optimizer; go on with the "
             "engine it was begun with"
+        )
+    precision = then.get("precision", now["precision"])
+    if precision != now["precision"]:
+        remedy = "--bf16 False" if precision == "float32" else f"--{precision} True"
+        raise InputError(
+            f"{flag}: was trained in {precision}, and this run would go on in {now['precision']}; pass {remedy}"
         )
     if then["processes"] == now["processes"]:
         return

@@ -57,6 +57,7 @@ class LogLine(TrainerCallback):
         ("grad_norm", "grad_norm {:.3f}"),
         ("learning_rate", "lr {:.2e}"),
         ("tokens_per_second", "{:,.0f} tokens/s"),
+        ("mfu", "mfu {:.1%}"),
     )
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -15,6 +15,7 @@ import torch
 from transformers import PretrainedConfig
 
 from stagewise.arguments import LoraArguments, ModelArguments, StageTrainingArguments
+from stagewise.devices import peak_flops
 from stagewise.distributed import deepspeed_settings, uses_fsdp, zero_stage
 from stagewise.errors import InputError
 from stagewise.modeling.loading import load_config
@@ -31,6 +32,7 @@ from stagewise.modeling.memory import (
 )
 from stagewise.modeling.model_shape import ModelShape, adapter_base, adapter_file_bytes, read_shape
 from stagewise.modeling.quantization import Quantization, asked_for
+from stagewise.modeling.utilization import flops_per_token
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,19 @@ class MemoryPlan:
     def gib(self) -> float:
         """The peak on a device, to be held against the measured one."""
         return round(self.estimate.device / GIB, 3)
+
+    @property
+    def full_speed(self) -> float | None:
+        """Tokens a second of one device if it did nothing but what it multiplies fastest; None where its peak or the
+        operations of a token are not known, in PPO (a step is rollouts and updates), and unless products are in 16
+        bits.
+        """
+        peak = peak_flops(self.memory.device_name) if self.memory.device is not None else None
+        reference = self.stage == "dpo" and not self.stage_args.reference_free
+        flops = flops_per_token(self.model, scores=self.stage == "rm", reference=reference)
+        if peak is None or flops is None or self.stage == "ppo" or self.setup.product_bytes != 2:
+            return None
+        return peak / flops
 
     def describe(self) -> str:
         """The table of the parts, the memory found, and whether it is enough."""

@@ -10,9 +10,7 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer
 
 from stagewise.data.tasks import TaskPlan
-from stagewise.errors import InputError
 from stagewise.losses.multitask import task_counts, token_weights
-from stagewise.modeling.liger import liger_config
 from stagewise.trainers.stage import DATASET_ID, NUM_TOKENS, SAMPLE_IDS, StageTrainerMixin
 from stagewise.trainers.task_weights import FollowValidation
 
@@ -35,11 +33,6 @@ class CausalLMTrainer(StageTrainerMixin, Trainer):
     """
 
     def __init__(self, *args, dataset_names: tuple[str, ...] = (), tasks: TaskPlan | None = None, **kwargs):
-        arguments = kwargs["args"]
-        if arguments.batch_eval_metrics:
-            raise InputError("--batch_eval_metrics: there are no logits to evaluate in batches; leave the flag out")
-        if arguments.use_liger_kernel:
-            arguments.liger_kernel_config = liger_config(arguments.liger_kernel_config)
         super().__init__(*args, compute_metrics=self._evaluation_metrics, **kwargs)
         self.dataset_names = dataset_names
         self.tasks = tasks or TaskPlan(dataset_names)

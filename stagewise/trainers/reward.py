@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction, Trainer
 
-from stagewise.errors import InputError
 from stagewise.losses.preference import pairwise_reward_loss
 from stagewise.trainers.stage import DATASET_ID, NUM_TOKENS, StageTrainerMixin
 
@@ -25,8 +24,6 @@ class PairwiseRewardTrainer(StageTrainerMixin, Trainer):
     """
 
     def __init__(self, *args, center_coefficient: float = 0.0, dataset_names: tuple[str, ...] = (), **kwargs):
-        if kwargs["args"].label_smoothing_factor:
-            raise InputError("--label_smoothing_factor: pairs have no labels to smooth; leave it at 0")
         super().__init__(*args, compute_metrics=self._evaluation_metrics, **kwargs)
         self.center_coefficient = center_coefficient
         self.dataset_names = dataset_names

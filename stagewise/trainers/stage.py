@@ -38,7 +38,7 @@ class StageTrainerMixin(_Base):
     """Stands in front of a Trainer class: `class CausalLMTrainer(StageTrainerMixin, Trainer)`.
 
     Throughput (`tokens_per_second`) counts real tokens of all processes over wall-clock time without evaluations and
-    checkpoints; the class's compute_loss hands them to `count_tokens`.
+    checkpoints; the class's compute_loss hands them to `count_tokens`. `mfu` is its share of `full_speed`.
 
     Args:
         min_lr: the learning rate never falls below it: lr = max(schedule, min_lr).
@@ -57,6 +57,7 @@ class StageTrainerMixin(_Base):
         self.step_guard = StepGuard(on_nan, max_loss, gradients_may_overflow=self.args.fp16)
         self.neftune_noise_alpha = None  # the noise is ours, see train
         self.min_lr = min_lr
+        self.full_speed: float | None = None  # tokens a second of a device that did nothing but multiply, if known
         # called with the folder of a checkpoint while it is written, on the process that saves
         self.checkpoint_writers: list[Callable[[Path], object]] = []
         self.stream_position: str | None = None  # after the step in hand, of a stream of rows
@@ -183,10 +184,11 @@ class StageTrainerMixin(_Base):
         seconds = now - self._clock - self._paused_s
         self._clock, self._paused_s, self._new_tokens = now, 0.0, None
         self.state.num_input_tokens_seen += tokens
-        return {
-            "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
-            "num_tokens": self.state.num_input_tokens_seen,
-        }
+        speed = tokens / max(seconds, 1e-9)
+        figures = {"tokens_per_second": round(speed, 1), "num_tokens": self.state.num_input_tokens_seen}
+        if self.full_speed is not None:
+            figures["mfu"] = round(speed / (self.full_speed * self.args.world_size), 4)
+        return figures
 
     def start_clock(self) -> None:
         """Called when the work of a step begins."""
