@@ -1,13 +1,15 @@
 """Several runs in one process group, so that libraries are loaded once: torchrun ... run_in_group.py jobs.json
 
 jobs.json: [{"script": "supervised_finetuning", "argv": [...]}, ...]. They run after one another; a failing one ends
-the group.
+the group. With "trains_from": N, rows of fewer than N tokens train nothing (SFT).
 """
 
+import contextlib
 import importlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -24,12 +26,26 @@ def main(path: str) -> None:
             PartialState._reset_state()
         GradientState._reset_state()
         unset_hf_deepspeed_config()
-        importlib.import_module(job["script"]).main(job["argv"])
+        with rows_trained_from(job.get("trains_from", 0)):
+            importlib.import_module(job["script"]).main(job["argv"])
         engine, stage = AcceleratorState().distributed_type.value, 3 if is_deepspeed_zero3_enabled() else 2
         engine += f" {stage}" * (engine == "DEEPSPEED")
         # in one piece, or the lines of two processes run into each other
         sys.stdout.write(f"engine of {job['script']}: {engine}\n")
         sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def rows_trained_from(length: int) -> Iterator[None]:
+    """No row of the data files is read without a trained token; here those below this length lose all of theirs."""
+    from stagewise.data import collators
+
+    labels = collators._labels
+    collators._labels = lambda row: labels(row).clone().fill_(-100) if len(row["input_ids"]) < length else labels(row)
+    try:
+        yield
+    finally:
+        collators._labels = labels
 
 
 def allow_fsdp_on_cpu() -> None:

@@ -136,16 +136,15 @@ class CausalLMTrainer(StageTrainerMixin, Trainer):
         return output.metrics
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Returns (None, (B, 2) negative log-likelihood and count of each row's trained tokens, (B,) dataset ids)."""
+        """Returns (None, (B,) negative log-likelihood and (B,) count of each row's trained tokens, (B,) dataset ids)."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             _, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        stats = torch.stack([outputs["row_nll"].double(), outputs["row_tokens"].double()], dim=1)
-        ids = inputs.get(DATASET_ID, torch.zeros(stats.shape[0], dtype=torch.long, device=stats.device))
-        return None, stats, ids
+        stats = (outputs["row_nll"], outputs["row_tokens"])
+        return None, stats, inputs.get(DATASET_ID, torch.zeros_like(stats[1]))
 
     def _evaluation_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        nll, tokens = np.asarray(prediction.predictions).reshape(-1, 2).T
+        nll, tokens = (np.asarray(found).reshape(-1).astype(np.float64) for found in prediction.predictions)
         self.name_rows_without_loss(np.isfinite(nll))
         metrics = _token_mean("", nll, tokens)
         ids = np.asarray(prediction.label_ids).reshape(-1)
