@@ -99,8 +99,11 @@ def main(argv: list[str] | None = None) -> dict:
         model_args, tokenizer, not lora_args.use_peft, args.label_smoothing_factor, quantization=quantization
     )
     settle_attention(model, model_args, args.torch_compile)
+    collator = CausalLMCollator(
+        tokenizer.pad_token_id, data.names, not isolate, is_flash(model.config._attn_implementation), tasks.weighs_tokens
+    )
     if isolate:
-        check_packing(model, loading.first_documents(data.sample))
+        check_packing(model, collator, args)
     model = attach_adapter(model, lora_args)
     if run_args.dry_run:
         return lifecycle.report_dry_run(args, data.report, data.train, memory)
@@ -112,9 +115,7 @@ def main(argv: list[str] | None = None) -> dict:
         processing_class=tokenizer,
         train_dataset=data.train,
         eval_dataset=data.validation,
-        data_collator=CausalLMCollator(
-            tokenizer.pad_token_id, data.names, not isolate, is_flash(model_args.kernel), tasks.weighs_tokens
-        ),
+        data_collator=collator,
         dataset_names=data.names,
         tasks=tasks,
     )  # fmt: skip
