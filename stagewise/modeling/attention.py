@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.integrations.hub_kernels import is_kernel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 
 from stagewise.arguments import ModelArguments
@@ -42,8 +43,12 @@ def is_flash(kernel: str | None) -> bool:
 def require_flash_attention(kernel: str, flag: str = "--flash_attn") -> None:
     """Raise InputError with the remedy unless FlashAttention can run here: a GPU that it knows, and its package.
 
+    Of kernels from the hub transformers says itself what they need, when a model is made with one.
+
     flag: what asks for it.
     """
+    if is_kernel(kernel):
+        return
     otherwise = f"or leave {flag} out: PyTorch's own kernels (sdpa) are used then"
     if not torch.cuda.is_available():
         raise InputError(f"{flag}: {kernel} runs on GPUs alone, and none is found; use one, {otherwise}")
