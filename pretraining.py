@@ -100,7 +100,11 @@ def main(argv: list[str] | None = None) -> dict:
     )
     settle_attention(model, model_args, args.torch_compile)
     collator = CausalLMCollator(
-        tokenizer.pad_token_id, data.names, not isolate, is_flash(model.config._attn_implementation), tasks.weighs_tokens
+        tokenizer.pad_token_id,
+        data.names,
+        not isolate,
+        is_flash(model.config._attn_implementation),
+        tasks.weighs_tokens,
     )
     if isolate:
         check_packing(model, collator, args)

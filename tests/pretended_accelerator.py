@@ -2,8 +2,8 @@
 
 Within `Accelerator()` the device ACCELERATOR ("cuda:0") can be asked for as any other. What is on it has numbers like
 any tensor, so that masks, .item() and the like work; an operation, forward or backward, that mixes it with a tensor of
-the CPU raises MixedDevicesError. Stricter than CUDA in one thing: an index tensor of the CPU, which CUDA would copy, and
-wait for, is refused too. Only single numbers (tensors without dimensions) may be mixed, as there.
+the CPU raises MixedDevicesError. Stricter than CUDA in one thing: an index tensor of the CPU, which CUDA would copy,
+and wait for, is refused too. Only single numbers (tensors without dimensions) may be mixed, as there.
 """
 
 from typing import Any
@@ -96,6 +96,8 @@ class Accelerator(TorchFunctionMode):
             device, dtype = _target(*rest, **kwargs)
         else:
             device, dtype = (torch.device("cpu") if func is Tensor.cpu else ACCELERATOR), None
+        if not isinstance(x, OnAccelerator) and not _is_accelerator(device):
+            return func(*args, **kwargs)
         x = x if dtype in (None, x.dtype) else x.type(dtype)
         there, here = _is_accelerator(device or x.device), isinstance(x, OnAccelerator)
         if there == here:

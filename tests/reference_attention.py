@@ -29,13 +29,13 @@ def varlen_attn(
     num_splits=None,
 ):  # fmt: skip
     """torch.nn.attention.varlen.varlen_attn, strict about what it demands."""
-    assert return_aux is None and seqused_k is None and block_table is None and num_splits is None
     for x in (query, key, value):
-        assert x.dim() == 3 and x.stride(-1) == 1 and x.dtype == query.dtype and x.device == query.device
-    assert cu_seq_q is cu_seq_k and cu_seq_q.dtype == torch.int32 and cu_seq_q.is_contiguous()
-    assert cu_seq_q.device == query.device
-    assert cu_seq_q[0] == 0 and cu_seq_q[-1] == len(query) == len(key)
-    assert type(max_q) is int and max_q == max_k == cu_seq_q.diff().max()
+        assert (x.dim(), x.stride(-1), x.dtype, x.device) == (3, 1, query.dtype, query.device)
+    assert cu_seq_q is cu_seq_k
+    assert (cu_seq_q.dtype, cu_seq_q.is_contiguous(), cu_seq_q.device) == (torch.int32, True, query.device)
+    assert (int(cu_seq_q[0]), int(cu_seq_q[-1]), len(key)) == (0, len(query), len(query))
+    assert type(max_q) is int
+    assert max_q == max_k == cu_seq_q.diff().max()
     assert enable_gqa == (query.shape[1] != key.shape[1])
     left, right = window_size
     assert right == 0
@@ -49,7 +49,8 @@ def hub_kernel() -> ModuleType:
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, deterministic=False,
     ):  # fmt: skip
-        assert causal and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+        assert causal
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
         assert max_seqlen_q == max_seqlen_k == cu_seqlens_q.diff().max()
         return end_to_end(q, k, v, cu_seqlens_q, softmax_scale, None if window_size[0] == -1 else window_size[0] + 1)
 

@@ -16,7 +16,6 @@ from stagewise.data.packing import (
     pack_rows,
     split_documents,
 )
-from stagewise.errors import InputError
 from stagewise.losses.logprobs import IGNORE_INDEX
 
 

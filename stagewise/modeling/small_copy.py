@@ -1,4 +1,4 @@
-"""A small model of the same architecture, for proofs: the model itself is not run before training puts it in its place.
+"""A small model of the same architecture, for proofs: the model itself is not run before it is in its place.
 
 What an architecture does between the decoder and the logits, or with positions, is written in its code, and does not
 depend on its size. So a proof needs no weights, no memory worth speaking of, and, where an engine shares the weights
