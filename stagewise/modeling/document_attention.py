@@ -139,9 +139,8 @@ def _end_to_end(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale
     attend = varlen_attention()
     assert attend is not None
     borders, longest = layout.borders(query.device)
-    narrow = layout.window is not None and layout.window < longest
-    # how many tokens are seen before the token itself, and behind it
-    window = (layout.window - 1 if narrow else -1, 0)
+    narrow = layout.window if layout.window is not None and layout.window < longest else 0
+    window = (narrow - 1, 0)  # how many tokens are seen before the token itself (-1: all), and behind it
     tokens = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     grouped = query.shape[1] != key.shape[1]
     out = attend(
