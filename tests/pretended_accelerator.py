@@ -6,13 +6,14 @@ the CPU raises MixedDevicesError. Stricter than CUDA in one thing: an index tens
 and wait for, is refused too. Only single numbers (tensors without dimensions) may be mixed, as there.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 ACCELERATOR = torch.device("cuda", 0)
@@ -69,11 +70,42 @@ def _numbers(x: Any) -> Any:
     return tree_map_only(OnAccelerator, lambda tensor: tensor.numbers, x)
 
 
+class Inside(TorchDispatchMode):
+    """What torch itself makes for tensors of the accelerator, on the device that it takes them to be on."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        made = not any(isinstance(x, Tensor) for x in tree_flatten((args, kwargs))[0])
+        if made and kwargs.get("device") == torch.device("meta"):
+            return tree_map_only(Tensor, OnAccelerator, func(*args, **{**kwargs, "device": torch.device("cpu")}))
+        return func(*args, **kwargs)
+
+
 class Accelerator(TorchFunctionMode):
-    """Within it, what is asked for on ACCELERATOR, or moved there, has the mark."""
+    """Within it, what is asked for on ACCELERATOR, or moved there, has the mark.
+
+    Args:
+        loads: models are loaded, which transformers does by way of the device "meta"; a few operations, which would
+            make constants there, are not possible then.
+    """
+
+    def __init__(self, loads: bool = False):
+        super().__init__()
+        self.inside = nullcontext() if loads else Inside()
+
+    def __enter__(self):
+        self.inside.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.inside.__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        if func is Tensor.backward:
+            with Accelerator(loads=True):  # modes are off in here, and backward passes are Python in part
+                return torch.autograd.backward(*args, **kwargs)
         if func is F.scaled_dot_product_attention and isinstance(args[0], OnAccelerator):
             return _attention(*args, **kwargs)
         if func in (Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.numpy, Tensor.tolist):

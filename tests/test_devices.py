@@ -100,6 +100,7 @@ PACKED = (*FULL, "--packing", "True")
 SFT = {
     "padded": NO_DROPOUT,
     "packed": PACKED,
+    "eager": (*PACKED, "--attn_implementation", "eager"),
     "S2": (*PACKED, "--shift_attn", "True", "--shift_attn_group", "8"),
     "weighted": (*PACKED, "--weighted_loss_mode", "case2"),
     "smoothed": (*NO_DROPOUT, "--label_smoothing_factor", "0.1"),
@@ -232,6 +233,6 @@ def test_no_model_is_run_before_it_is_placed(run, flags, proofs, model_dir, requ
     monkeypatch.setattr(memory, "find_memory", lambda *args: Memory(2**40))
     ran.clear()
     rows = request.getfixturevalue({run_pt: "text_file", run_sft: "sft_file", run_ppo: "preference_file"}[run])
-    with pytest.raises(Placed), Accelerator():
+    with pytest.raises(Placed), Accelerator(loads=True):
         run(model_dir, rows, tmp_path / "out", *FULL, "--attn_implementation", "refuses_cpu", *flags)
     assert bool(ran) == proofs  # packing is proven there, by a small copy

@@ -126,12 +126,13 @@ def _varlen_runs(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return torch.backends.cuda.can_use_flash_attention(parameters)
 
 
-def _multiplied(*inputs: Tensor) -> list[Tensor]:
+def _multiplied(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What SDPA would multiply: autocast does not know varlen_attn."""
-    device = inputs[0].device.type
+    device = query.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return list(inputs)
-    return [x.to(torch.get_autocast_dtype(device)) for x in inputs]
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 def _end_to_end(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float | None) -> Tensor:
