@@ -104,8 +104,7 @@ class Accelerator(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if func is Tensor.backward:
-            with Accelerator(loads=True):  # modes are off in here, and backward passes are Python in part
-                return torch.autograd.backward(*args, **kwargs)
+            return _backward(*args)
         if func is F.scaled_dot_product_attention and isinstance(args[0], OnAccelerator):
             return _attention(*args, **kwargs)
         if func in (Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.numpy, Tensor.tolist):
@@ -135,6 +134,14 @@ class Accelerator(TorchFunctionMode):
         if there == here:
             return x
         return OnAccelerator(x.detach(), x.requires_grad) if there else x.detach().numbers.clone()
+
+
+def _backward(loss: Tensor) -> None:
+    """As loss.backward(), which would turn the mode off, and backward passes are Python in part."""
+    with Accelerator(loads=True):
+        torch.autograd.graph._engine_run_backward(
+            (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+        )
 
 
 def _attention(
