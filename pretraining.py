@@ -103,8 +103,15 @@ def main(argv: list[str] | None = None) -> dict:
         model_args, tokenizer, not lora_args.use_peft, args.label_smoothing_factor, quantization=quantization
     )
     settle_attention(model, model_args, args.torch_compile)
+    collator = CausalLMCollator(
+        tokenizer.pad_token_id,
+        data.names,
+        not isolate,
+        is_flash(model.config._attn_implementation),
+        tasks.weighs_tokens,
+    )
     if isolate:
-        check_packing(model, loading.first_documents(data.sample))
+        check_packing(model, collator, args)
     model = attach_adapter(model, lora_args)
 
     # 5. trainer: train, save, evaluate
@@ -114,9 +121,7 @@ def main(argv: list[str] | None = None) -> dict:
         processing_class=tokenizer,
         train_dataset=data.train,
         eval_dataset=data.validation,
-        data_collator=CausalLMCollator(
-            tokenizer.pad_token_id, data.names, not isolate, is_flash(model_args.kernel), tasks.weighs_tokens
-        ),
+        data_collator=collator,
         dataset_names=data.names,
         tasks=tasks,
     )  # fmt: skip

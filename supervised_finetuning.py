@@ -119,8 +119,12 @@ def main(argv: list[str] | None = None) -> dict:
         model_args, tokenizer, not lora_args.use_peft, args.label_smoothing_factor, quantization=quantization
     )
     settle_attention(model, model_args, args.torch_compile)
+    collator = CausalLMCollator(
+        tokenizer.pad_token_id, data.names,
+        flash=is_flash(model.config._attn_implementation), sample_ids=tasks.weighs_tokens,
+    )  # fmt: skip
     if sft_args.packing:
-        check_packing(model, data.sample[:3]["input_ids"])
+        check_packing(model, collator, args)
     model = attach_adapter(model, lora_args, trains_new_tokens=bool(new_tokens))
 
     # 5. trainer: train, save, evaluate
@@ -130,9 +134,7 @@ def main(argv: list[str] | None = None) -> dict:
         processing_class=tokenizer,
         train_dataset=train,
         eval_dataset=data.validation,
-        data_collator=CausalLMCollator(
-            tokenizer.pad_token_id, data.names, flash=is_flash(model_args.kernel), sample_ids=tasks.weighs_tokens
-        ),
+        data_collator=collator,
         dataset_names=data.names,
         tasks=tasks,
     )  # fmt: skip

@@ -1,12 +1,17 @@
 """Attention document by document: the numbers of sdpa, in memory and time that do not grow with the row."""
 
+import inspect
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.attention.varlen
 
 from stagewise.data.collators import CausalLMCollator
 from stagewise.modeling import document_attention, segments
 from stagewise.modeling.document_attention import NAME, enable_document_attention
 from tests.architectures import SEGMENTED, sharp_model, tiny_model
+from tests.reference_attention import varlen_attn
 from tests.stages import FULL, losses, run_pt, run_sft
 
 ROWS = [(20, 12, 3), (1, 40), (9,)]  # lengths of the documents of packed rows
@@ -44,13 +49,27 @@ def count_whole_rows(monkeypatch) -> list:
     return calls
 
 
-@pytest.mark.parametrize("together", [False, True])  # as on CPUs, as on accelerators
+def pretend_varlen(monkeypatch) -> list:
+    """As on a GPU, with a stand-in for torch's kernel; what it was called with."""
+    calls: list = []
+
+    def kernel(*args, **kwargs):
+        calls.append((args, kwargs))
+        return varlen_attn(*args, **kwargs)
+
+    monkeypatch.setattr(document_attention, "_varlen_runs", lambda *inputs: True)
+    monkeypatch.setattr(document_attention, "varlen_attention", lambda: kernel)
+    return calls
+
+
+@pytest.mark.parametrize("way", ["one by one", "together", "end to end"])  # on CPUs, on accelerators, on GPUs
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("make", [packed_batch, padded_batch])
 @pytest.mark.parametrize("name", SEGMENTED)
-def test_logits_and_gradients_are_those_of_sdpa(name, make, mode, together, monkeypatch):
-    if together:
+def test_logits_and_gradients_are_those_of_sdpa(name, make, mode, way, monkeypatch):
+    if way == "together":
         monkeypatch.setattr(document_attention, "_calls_are_cheap", lambda query: False)
+    calls = pretend_varlen(monkeypatch) if way == "end to end" else []
     torch.manual_seed(1)
     batch, model = make(), sharp_model(name)
     model.train(mode == "train")
@@ -66,9 +85,81 @@ def test_logits_and_gradients_are_those_of_sdpa(name, make, mode, together, monk
     fallbacks = count_whole_rows(monkeypatch)
     found, mine = run()
     assert not fallbacks
+    assert bool(calls) == (way == "end to end" and make is packed_batch)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
     for one, other in zip(mine, gradients, strict=True):
         torch.testing.assert_close(one, other, atol=2e-3, rtol=2e-3)
+
+
+def test_what_torchs_kernel_is_given(monkeypatch):
+    calls = pretend_varlen(monkeypatch)
+    query, key = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8)
+    starts = torch.tensor([[1, 0, 0, 1, 0, 0], [1, 1, 0, 0, 0, 1]], dtype=torch.bool)
+    for window, expected in ((None, (-1, 0)), (2, (1, 0)), (4, (-1, 0))):
+        out = document_attention.document_attention(
+            query, key, key, segments.Layout(starts=starts, window=window), scale=0.5
+        )
+        (tokens, _, _, borders, _, longest, _), kwargs = calls.pop()
+        assert tokens.shape == (12, 4, 8)
+        torch.testing.assert_close(tokens[7], query[1, :, 1])
+        assert borders.tolist() == [0, 3, 6, 7, 11, 12]
+        assert longest == 4
+        assert kwargs == {"scale": 0.5, "window_size": expected, "enable_gqa": True}
+        assert out.shape == (2, 6, 4, 8)
+
+
+def test_products_under_autocast_are_of_16_bits(monkeypatch):
+    """Norms of queries and keys (Qwen3) give float32, which the kernel would not take beside values of 16 bits."""
+    calls = pretend_varlen(monkeypatch)
+    model = sharp_model("qwen3")
+    assert enable_document_attention(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**packed_batch())
+    assert {x.dtype for x in calls[0][0][:3]} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_torchs_own_kernel_takes_what_it_is_given(window, monkeypatch):
+    """Without a GPU only shapes and types are seen: it and its gradient run on tensors without numbers."""
+    monkeypatch.setattr(document_attention, "_varlen_runs", lambda *inputs: True)
+    query = torch.randn(2, 4, 6, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    key = torch.randn(2, 2, 6, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    starts = torch.tensor([[1, 0, 0, 0, 1, 0], [1, 1, 0, 0, 0, 1]], dtype=torch.bool)
+    out = document_attention.document_attention(query, key, key, segments.Layout(starts=starts, window=window))
+    assert out.shape == (2, 6, 4, 8)
+    out.sum().backward()
+    assert query.grad.shape == query.shape
+    assert key.grad.shape == key.shape
+
+
+def test_torchs_kernel_has_the_parameters_that_are_used():
+    """It is public and young. Where another version lacks them, document_attention falls back: change it then."""
+    found = inspect.signature(torch.nn.attention.varlen.varlen_attn).parameters
+    assert list(found)[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert {name: found[name].default for name in ("scale", "window_size", "enable_gqa")} == {
+        "scale": None, "window_size": (-1, -1), "enable_gqa": False
+    }  # fmt: skip
+    assert list(found) == list(inspect.signature(varlen_attn).parameters)
+    assert document_attention.varlen_attention() is torch.nn.attention.varlen.varlen_attn
+
+
+def test_an_older_torch_falls_back(monkeypatch):
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", lambda query, key, value, scale=None: None)
+    document_attention.varlen_attention.cache_clear()
+    try:
+        assert document_attention.varlen_attention() is None
+    finally:
+        document_attention.varlen_attention.cache_clear()
+
+
+def test_cpus_and_odd_heads_do_without_torchs_kernel(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda *args: True)
+    query = torch.randn(1, 2, 4, 8)
+    assert not document_attention._varlen_runs(query, query, query)
+    for width, taken in ((12, False), (16, True)):
+        on_gpu = SimpleNamespace(is_cuda=True, shape=(1, 2, 4, width))
+        monkeypatch.setattr(torch.backends.cuda, "SDPAParams", lambda *args: args)
+        assert document_attention._varlen_runs(on_gpu, on_gpu, on_gpu) == taken
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi", "gemma3_text"])

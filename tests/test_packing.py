@@ -16,7 +16,6 @@ from stagewise.data.packing import (
     pack_rows,
     split_documents,
 )
-from stagewise.errors import InputError
 from stagewise.losses.logprobs import IGNORE_INDEX
 
 
@@ -208,16 +207,3 @@ def test_packing_keeps_data_sets_in_rows_of_their_own():
         ("b", [3, 4]),
     ]
     assert packed.efficiency == pytest.approx(6 / 16)
-
-
-def test_check_packing_accepts_llama_and_refuses_bloom(model):
-    from transformers import BloomConfig, BloomForCausalLM
-
-    from stagewise.modeling.attention import check_packing
-
-    documents = [list(range(10, 40)), list(range(50, 70))]
-    assert check_packing(model, documents) < 1e-4
-    torch.manual_seed(0)
-    bloom = BloomForCausalLM(BloomConfig(vocab_size=600, hidden_size=64, n_layer=2, n_head=4, initializer_range=0.5))
-    with pytest.raises(InputError, match="BloomForCausalLM does not keep packed documents apart"):
-        check_packing(bloom, documents)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from stagewise.modeling.token_loss import install_token_loss
 
@@ -98,22 +99,38 @@ def test_rows_and_weights_by_hand(batch):
     torch.testing.assert_close(model(**batch, token_weights=weights).loss, (losses * weights[:, 1:]).sum())
 
 
-def test_an_architecture_with_more_behind_its_head_keeps_its_own_logits(batch):
-    model = build("llama")
-    original = model.forward
+class Doubled(LlamaForCausalLM):
+    """Does more than head(decoder(x))."""
 
-    def doubled(*args, **kwargs):
-        out = original(*args, **kwargs)
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
         out.logits = out.logits * 2
         return out
 
-    model.forward = doubled
+
+def test_an_architecture_with_more_behind_its_head_keeps_its_own_logits(batch):
+    model = build("llama")
+    model.__class__ = Doubled
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     assert not install_token_loss(model)
     wanted = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100
     )
     torch.testing.assert_close(model(**batch).loss, wanted)
+
+
+def test_a_forward_pass_of_one_instance_is_not_taken_for_its_architectures(batch):
+    model = build("llama")
+    original = model.forward
+    model.forward = lambda *args, **kwargs: original(*args, **kwargs)
+    assert not install_token_loss(model)
+
+
+def test_a_decoder_that_gives_no_hidden_states_keeps_its_own_logits(caplog):
+    model = build("llama")
+    model.__class__ = type("NoDecoder", (LlamaForCausalLM,), {"get_decoder": lambda self: self.get_input_embeddings()})
+    assert not install_token_loss(model)
+    assert "NoDecoder: no small copy could be tried" in caplog.text
 
 
 def test_adapters_on_the_head_and_saved_heads_give_the_same_loss(batch):

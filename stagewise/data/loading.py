@@ -472,14 +472,3 @@ def _stage_data(train: Dataset, validation: Dataset | None, report: dict, checke
     report["validation"]["rows"] = 0 if validation is None else len(validation)
     names = tuple(dict.fromkeys([*report["train"]["datasets"], *report["validation"]["datasets"]]))
     return StageData(train, validation, names, report, train._fingerprint, checked, train)
-
-
-def first_documents(blocks: Dataset, count: int = 3) -> list[list[int]]:
-    """The first documents of packed blocks, as ids."""
-    documents: list[list[int]] = []
-    for block in blocks.select(range(min(count, len(blocks)))):
-        start = 0
-        for length in block["seq_lengths"]:
-            documents.append(block["input_ids"][start : start + length])
-            start += length
-    return documents[:count]

@@ -154,7 +154,7 @@ class ActorCritic(nn.Module):
         nn.init.zeros_(self.value_head.bias)
         self.share_adapters()
         self._transform = logit_transform(self.config)
-        self._chunked = hidden_states_reproduce_logits(self.base, self.base.forward, self._transform)
+        self._chunked = hidden_states_reproduce_logits(self.base)
 
     def share_adapters(self) -> None:
         """To be called after adapters were added: all layers follow one switch; policy and value model are trained."""

@@ -60,6 +60,7 @@ def check_model(
     model = _empty_model(model_args, config, tokenizer, scores)
     if model is None:
         return
+    _check_precision(model_args, config, args, trains_all=not lora_args.use_peft)  # of a kernel from the hub
     if packs:
         require_position_ids(model)
     _check_sizes(model_args, config, model)

@@ -214,7 +214,7 @@ def _base_shape(model: Any) -> ModelShape:
         stream_inputs=max(readers, 0),
         attention=getattr(model.config, "_attn_implementation", None) or "eager",
         segments=obstacle(model) is None,
-        plain_head=head is not None and hidden_states_reproduce_logits(model, model.forward, None),
+        plain_head=hidden_states_reproduce_logits(model),
     )
 
 

@@ -264,14 +264,6 @@ def quantization_of(model: PreTrainedModel) -> Quantization | None:
     return Quantization(found.bits, found.quant_type, found.double_quant, compute_dtype)
 
 
-def multiplied_in(model: PreTrainedModel) -> torch.dtype:
-    """The data type of the products in linear layers; torch.int8 for 8-bit layers."""
-    found = quantization_of(model)
-    if found is None:
-        return model.dtype
-    return getattr(torch, found.compute_dtype) if found.compute_dtype else torch.int8
-
-
 def stage_entry(model: PreTrainedModel) -> dict | None:
     """quantization_of as stage.json has it."""
     found = quantization_of(model)

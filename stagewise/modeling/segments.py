@@ -77,6 +77,19 @@ class Layout:
     window: int | None = None
     _pieces: dict[tuple, "Pieces"] = field(default_factory=dict)
     _documents: "Documents | None" = None
+    _borders: dict[torch.device, tuple[Tensor, int]] = field(default_factory=dict)
+
+    def borders(self, device: torch.device) -> tuple[Tensor, int]:
+        """(documents + 1,) int32, where each begins in the rows laid end to end, and their end; tokens of the longest.
+
+        Found once for all layers.
+        """
+        assert self.starts is not None
+        if device not in self._borders:
+            begins = self.starts.flatten().nonzero().flatten()
+            borders = torch.cat([begins, begins.new_tensor([self.starts.numel()])]).int()
+            self._borders[device] = borders.to(device), int(borders.diff().max())
+        return self._borders[device]
 
     def documents(self) -> "Documents":
         """Of all rows; found once for all layers."""

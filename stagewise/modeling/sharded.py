@@ -1,7 +1,7 @@
-"""Models whose parameters are shared out among processes: shapes, soundness, and a forward pass before training."""
+"""Models whose parameters are shared out among processes: their shapes, how to have them whole, and soundness."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -66,32 +66,3 @@ def not_finite(model: nn.Module) -> list[str]:
         if share.is_floating_point() and not share.isfinite().all():
             names.append(name)
     return names
-
-
-@contextmanager
-def module_by_module(model: nn.Module) -> Iterator[None]:
-    """Let a sharded model run: each module has its own parameters whole while it is called, and only then.
-
-    DeepSpeed sees to this from the start of training on. Before it the model could not run at all, and in one piece it
-    may not fit.
-    """
-    gathered: dict[nn.Module, ExitStack] = {}
-
-    def gather(module: nn.Module, inputs: tuple) -> None:
-        gathered[module] = ExitStack()
-        gathered[module].enter_context(whole(module.parameters(recurse=False)))
-
-    def release(module: nn.Module, inputs: tuple, output: object) -> None:
-        gathered.pop(module).close()
-
-    handles = []
-    for module in model.modules():
-        if any(hasattr(parameter, "ds_id") for parameter in module.parameters(recurse=False)):
-            handles += [module.register_forward_pre_hook(gather), module.register_forward_hook(release)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for stack in gathered.values():  # a forward pass that failed
-            stack.close()

@@ -136,7 +136,7 @@ class CausalLMTrainer(StageTrainerMixin, Trainer):
         return output.metrics
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Returns (None, (B,) negative log-likelihood and (B,) count of each row's trained tokens, (B,) dataset ids)."""
+        """Returns (None, (negative log-likelihoods, counts) of each row's trained tokens, dataset ids), (B,) each."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             _, outputs = self.compute_loss(model, inputs, return_outputs=True)
