@@ -390,6 +390,9 @@ class StageTrainingArguments(TrainingArguments):
     bf16: bool | None = _option(  # type: ignore[assignment]
         None, "Mixed precision in bfloat16; unset: on where an accelerator has it and no other precision is asked for."
     )
+    parallelism_config: None | str | dict = _option(  # type: ignore[assignment]
+        None, "Refused: neither rows nor layers are cut among devices."
+    )
     report_to: None | str | list[str] = _option(
         "tensorboard", "Where metrics go: tensorboard, wandb and others, separated by commas; all; none."
     )

@@ -41,12 +41,19 @@ def settle_engine(args: Any) -> None:
 
     Raises:
         InputError: a configuration that cannot be read, or whose saved model would be empty; FSDP on CPUs, where
-            accelerate would silently train with plain data parallelism; both engines; DeepSpeed is not installed.
+            accelerate would silently train with plain data parallelism; both engines; another kind of parallelism;
+            DeepSpeed is not installed.
     """
     if str(args.fsdp).lower() in ("true", "false"):
         args.fsdp = str(args.fsdp).lower() == "true"
     if _asked_by_accelerate("DEEPSPEED") and not args.deepspeed:
         args.deepspeed = _file_of_accelerate()
+    if args.parallelism_config or _asked_by_accelerate("PARALLELISM_CONFIG"):
+        raise InputError(
+            "--parallelism_config: neither rows nor layers can be cut among devices (context, sequence and tensor "
+            "parallelism: the loss does not know of it); for long rows use --gradient_checkpointing True, "
+            "--shift_attn True, and --fsdp True or --deepspeed zero3.json"
+        )
     if uses_fsdp(args) and args.deepspeed:
         raise InputError("--fsdp: found beside --deepspeed; give one of them")
     if args.fsdp_config and not uses_fsdp(args):

@@ -117,6 +117,7 @@ TRAINING = [
     case(SFT, "--deepspeed nowhere.json", "--deepspeed nowhere.json", "cannot be read"),
     case(SFT, "--deepspeed @broken.json", "--deepspeed", "broken.json", "not valid JSON"),
     case(PT, "--fsdp full_shard", "--fsdp", "on CPU", "zero3.json"),
+    case(PT, '--parallelism_config {"cp_size":2}', "--parallelism_config", "rows nor layers", "zero3.json"),
     # data
     case(SFT, "--train_file_dir @nowhere", "--train_file_dir", "nowhere", "no such file"),
     case(RM, "--validation_file_dir @nowhere.jsonl", "--validation_file_dir", "nowhere.jsonl", "no such file"),
