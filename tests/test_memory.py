@@ -492,10 +492,12 @@ def test_the_peak_of_a_step_is_what_lives_at_a_time(options):
 
 def test_the_loss_holds_a_chunk_and_others_the_whole(llama_8b, llama_8b_lora):
     setup = TrainingSetup(rows=4, length=2048, weight_bytes=2)
-    # two matrices of 64 MiB, and the gradient of 8192 hidden states; a head that is trained has its gradient beside
-    chunk = 2 * 64 * 2**20 + 8192 * 4096 * 2
+    # 256 rows of logits in float32 and their gradient in bf16, and the gradient of 8192 hidden states; a head that is
+    # trained has its gradient beside
+    chunk = 256 * 128256 * (4 + 2) + 8192 * 4096 * 2
     assert estimate(llama_8b_lora, setup).logits == chunk
-    assert estimate(llama_8b, setup).logits == chunk + 4 * 128256 * 4096
+    # multiplied in bf16, 2**14 tokens of the vocabulary at a time
+    assert estimate(llama_8b, setup).logits == chunk + 4 * 128256 * 4096 + 4 * 2**14 * 4096
     whole = estimate(llama_8b_lora, replace(setup, logits="whole")).logits
     assert whole >= 8192 * 128256 * 4
     assert estimate(llama_8b_lora, replace(setup, logits="none")).logits == 8192 * 4096 * 4

@@ -128,8 +128,12 @@ def token_logprobs(
     return torch.cat(logprobs), torch.cat(entropies)
 
 
+def rows_of_a_chunk(vocab_size: int) -> int:
+    return max(MIN_CHUNK_ROWS, MAX_LOGITS_ELEMENTS // vocab_size)
+
+
 def _chunks(n_tokens: int, vocab_size: int, chunk_rows: int | None) -> list[slice]:
-    size = chunk_rows or max(MIN_CHUNK_ROWS, MAX_LOGITS_ELEMENTS // vocab_size)
+    size = chunk_rows or rows_of_a_chunk(vocab_size)
     return [slice(start, min(start + size, n_tokens)) for start in range(0, n_tokens, size)]
 
 
@@ -269,7 +273,7 @@ def _add_product(total: Tensor, grad: Tensor, h: Tensor) -> None:
         total.addmm_(grad.t(), h)
         return
     # a few columns of the gradient at a time: the product is a matrix of its own before it is added
-    buffer = total.new_empty((GRADIENT_COLUMNS, total.shape[1]))
+    buffer = torch.empty_like(total[:GRADIENT_COLUMNS])
     for part, columns in zip(total.split(GRADIENT_COLUMNS), grad.split(GRADIENT_COLUMNS, dim=1), strict=True):
         part += _product(columns.t(), h, buffer[: len(part)])
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from stagewise.losses.logprobs import MAX_LOGITS_ELEMENTS
+from stagewise.losses.logprobs import GRADIENT_COLUMNS, rows_of_a_chunk
 from stagewise.modeling.model_shape import ModelShape
 
 GIB = 2**30
@@ -47,7 +47,7 @@ class TrainingSetup:
         weights are let go after the forward pass, else 2).
     half: DeepSpeed keeps weights and gradients in 16 bits, and a master copy in float32.
     processes, local_processes: of the run, and of each machine.
-    logits: what the loss keeps of them: "chunk" (64 MiB, whatever the vocabulary), "whole", or "none" (a score head).
+    logits: what the loss keeps of them: "chunk" (a few rows of the vocabulary), "whole", or "none" (a score head).
     frozen_bytes: weights of other models: a reference, a reward model.
     rollout_rows, rollout_length: of generation with a cache, 0 where none is.
     process_bytes: what the process holds beside the run; on a CPU libraries count too.
@@ -368,16 +368,21 @@ def _casts(model: ModelShape, setup: TrainingSetup) -> int:
 
 
 def _loss(model: ModelShape, setup: TrainingSetup) -> int:
-    """What the loss holds: a chunk of logits in float32 and its softmax, the gradient of the hidden states, and of a
-    head that is trained the gradient in float32; or all logits with their log-softmax; or what a score head reads.
+    """What the loss holds: a chunk of logits in float32, its gradient in the 16 bits of the products, the gradient of
+    the hidden states, and of a head that is trained the gradient in float32 (with products in 16 bits, a part of it
+    once more); or all logits with their log-softmax; or what a score head reads.
     """
     tokens = setup.rows * setup.length
     if setup.logits == "none":
         return 4 * tokens * model.hidden
     if setup.logits == "whole":
         return tokens * model.vocab * (setup.product_bytes + 4)
-    chunk = 2 * 4 * min(tokens * model.vocab, MAX_LOGITS_ELEMENTS)
-    return chunk + tokens * model.hidden * setup.stream_bytes + 4 * model.trainable_head
+    rows = min(tokens, rows_of_a_chunk(model.vocab))
+    kept = 4 * rows * model.vocab + tokens * model.hidden * setup.stream_bytes + 4 * model.trainable_head
+    if setup.product_bytes == 4:
+        return kept
+    part = 4 * min(model.vocab, GRADIENT_COLUMNS) * model.hidden if model.trainable_head else 0
+    return kept + setup.product_bytes * rows * model.vocab + part
 
 
 def _rollouts(model: ModelShape, setup: TrainingSetup) -> int:
