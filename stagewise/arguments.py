@@ -23,6 +23,7 @@ from transformers.hf_argparser import string_to_bool
 
 from stagewise.distributed import settle_engine, uses_fsdp
 from stagewise.errors import InputError
+from stagewise.machines import Machines
 from stagewise.old_spellings import OLD_SPELLINGS, OldSpelling
 
 
@@ -376,6 +377,7 @@ class StageTrainingArguments(TrainingArguments):
     report_to: None | str | list[str] = _option(
         "tensorboard", "Where metrics go: tensorboard, wandb and others, separated by commas; all; none."
     )
+    machines = Machines()  # no flag: what one machine would find; start_run looks
 
     def __post_init__(self) -> None:
         import torch
@@ -392,8 +394,15 @@ class StageTrainingArguments(TrainingArguments):
                 )
         self._check_numbers()
         self._settle_reports()
+        # Who writes is found out by looking (stagewise.machines); by this flag two machines would write one folder.
+        self.save_on_each_node = False
         settle_engine(self)
         super().__post_init__()
+
+    @property
+    def keeps_output_dir(self) -> bool:
+        """Whether this process seals, renames and clears in the output_dir that it sees; should_save is process 0."""
+        return self.process_index == self.machines.writer
 
     def _settle_tasks(self) -> None:
         if self.do_predict:

@@ -14,6 +14,7 @@ FLOORS = {
     "stagewise.old_spellings": -1,
     "stagewise.distributed": -1,
     "stagewise.checkpoint_files": -1,
+    "stagewise.machines": -1,
     "template": 0,
     "stagewise.losses": 1,
     "stagewise.data": 2,
