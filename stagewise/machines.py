@@ -23,7 +23,7 @@ _OF_ONE_PROCESS = ("*rng_state_*.pth", "*zero_pp_rank_*", "*_optim_states.pt", "
 _LOOK_SECONDS = 0.5
 # Looks before machines that do not see each other are taken at their word, and before a contradiction (one sees the
 # other, and is not seen) is an error: a network file system may show late what was written elsewhere.
-_LOOKS, _LOOKS_AT_ODDS = 6, 120
+_LOOKS, _LOOKS_AT_ODDS = 4, 120
 _CHUNK_BYTES = 64 << 20
 
 _Found = TypeVar("_Found")
