@@ -26,7 +26,7 @@ MACHINES = (0, 1)
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def layout(request, tiny_model_dir, sft_file, tmp_path_factory) -> tuple[str, list[Path]]:
-    """Its name, and the folder of each machine: of each engine four steps (whole), and two from the second (resumed)."""
+    """Its name, and the folder of each machine: for each engine four steps, and two resumed from the second."""
     name = request.param
     root = tmp_path_factory.mktemp(name)
     folders = [root if name == "shared" else root / f"machine{machine}" for machine in MACHINES]
