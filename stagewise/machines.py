@@ -76,6 +76,7 @@ class Machines:
         if len(self.writers) == 1:
             return
         listed: list = [None]
+        dist.barrier()  # the processes of the first machine have written their part
         if dist.get_rank() == 0:
             paths = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
             names = [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in paths]
@@ -106,12 +107,14 @@ class Machines:
                 file.close()
 
     def names_below(self, folder: Path) -> set[str]:
-        """The files that processes with the same folder see in it, each at least those that it wrote; {} for one
-        machine, which sees all of them itself. Called on every process.
+        """The files that processes with the same folder see in it, each at least those that it wrote; called on all.
+
+        Empty on one machine, which sees all of them itself.
         """
         if not self.several:
             return set()
-        mine = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        paths = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".nfs")]  # its own
+        mine = {path.relative_to(folder).as_posix() for path in paths}
         return set().union(*(names for writer, names in _gather((self.writer, mine)) if writer == self.writer))
 
 
