@@ -29,7 +29,10 @@ def layout(request, tiny_model_dir, sft_file, tmp_path_factory) -> tuple[str, li
     """Its name, and the folder of each machine: for each engine four steps, and two resumed from the second."""
     name = request.param
     root = tmp_path_factory.mktemp(name)
-    folders = [root if name == "shared" else root / f"machine{machine}" for machine in MACHINES]
+    folders = [root / f"machine{machine}" for machine in MACHINES]
+    if name == "shared":  # under another path on the second
+        folders[0].mkdir()
+        folders[1].symlink_to(folders[0])
     command = [
         "--model_name_or_path", tiny_model_dir, "--train_file_dir", sft_file, "--template_name", "chatml",
         "--model_max_length", "128", "--do_train", "True", "--max_steps", "4", "--save_steps", "1",
