@@ -399,11 +399,6 @@ class StageTrainingArguments(TrainingArguments):
         settle_engine(self)
         super().__post_init__()
 
-    @property
-    def keeps_output_dir(self) -> bool:
-        """Whether this process seals, renames and clears in the output_dir that it sees; should_save is process 0."""
-        return self.process_index == self.machines.writer
-
     def _settle_tasks(self) -> None:
         if self.do_predict:
             raise InputError("--do_predict: a stage trains and evaluates; to generate use inference.py")

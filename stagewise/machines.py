@@ -43,18 +43,23 @@ class Machines:
     writers: tuple[int, ...] = (0,)
     several: bool = False
 
+    @property
+    def keeps(self) -> bool:
+        """Whether this process seals, renames and clears in the output_dir that it sees; should_save is process 0."""
+        import torch.distributed as dist
+
+        return self.writer == (dist.get_rank() if _in_group() else 0)
+
     def ask(self, decide: Callable[[], _Found]) -> list[_Found]:
         """What each writer finds in its folder, in the order of `writers`, on all processes.
 
         Raises:
             InputError: on all processes, what the first that failed has raised.
         """
-        import torch.distributed as dist
-
         if not _in_group():
             return [decide()]
         found, problem = None, None
-        if dist.get_rank() == self.writer:
+        if self.keeps:
             try:
                 found = decide()
             except InputError as error:

@@ -25,7 +25,7 @@ MACHINES = (0, 1)
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
-def layout(request, tiny_model_dir, sft_file, tmp_path_factory) -> tuple[str, list[Path]]:
+def layout(request, tiny_model_dir, sft_file, preference_file, tmp_path_factory) -> tuple[str, list[Path]]:
     """Its name, and the folder of each machine: for each engine four steps, and two resumed from the second."""
     name = request.param
     root = tmp_path_factory.mktemp(name)
@@ -49,7 +49,11 @@ def layout(request, tiny_model_dir, sft_file, tmp_path_factory) -> tuple[str, li
                 [*command, *ENGINES[engine], "--output_dir", str(resumed), "--save_total_limit", "1",
                  "--resume_from_checkpoint", str(whole / "checkpoint-2")],
             ]  # fmt: skip
-        return [{"script": "supervised_finetuning", "argv": argv} for argv in argvs]
+        found = [{"script": "supervised_finetuning", "argv": argv} for argv in argvs]
+        if name == "own":  # DPO has its own kind of arguments
+            argv = [*command, "--train_file_dir", preference_file, "--max_steps", "2"]
+            found.append({"script": "dpo_training", "argv": [*argv, "--output_dir", str(folders[machine] / "dpo")]})
+        return found
 
     port = str(free_port())
     agents = []
@@ -86,6 +90,13 @@ def test_every_checkpoint_is_whole_on_every_machine(layout):
                 assert {path for path in listed if path.startswith("rng_state")} == states
             # rotated on each machine
             assert [path.name for path in (folder / engine / "resumed").glob("checkpoint*")] == ["checkpoint-4"]
+
+
+def test_dpo_saves_on_every_machine_too(layout):
+    name, folders = layout
+    for folder in folders if name == "own" else ():
+        assert [path.name for path in sorted((folder / "dpo").glob("checkpoint*"))] == ["checkpoint-1", "checkpoint-2"]
+        assert all(checkpoint_problem(path) is None for path in (folder / "dpo").glob("checkpoint-*"))
 
 
 def test_every_machine_has_the_result(layout):

@@ -152,7 +152,7 @@ def open_output_dir(args, run_args, checkpoint: str | None, arguments: Sequence[
     Each machine does it for the output_dir that it sees. Called when arguments, data and model have been found good:
     what fails before leaves output_dir as it was.
     """
-    if args.keeps_output_dir:
+    if args.machines.keeps:
         output = Path(args.output_dir)
         if run_args.overwrite_output_dir and not _holds(output, checkpoint):
             clear_output_dir(output)
@@ -309,7 +309,7 @@ def train_and_save(
             check_saved(partial)
             lineage.write_stage(partial, **stage_fields)
         trainer.args.machines.mirror(partial, trainer.args.device)
-        if trainer.args.keeps_output_dir:
+        if trainer.args.machines.keeps:
             move_into(partial, output)
         trainer.save_state()
         trainer.save_metrics("train", metrics)

@@ -95,13 +95,13 @@ class StageTrainerMixin(_Base):
         started = time.perf_counter()
         run_dir = Path(self.args.output_dir)
         final = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.keeps_output_dir:
+        if self.args.machines.keeps:
             shutil.rmtree(run_dir / PARTIAL, ignore_errors=True)  # of a run that was killed while it saved
         self.accelerator.wait_for_everyone()
         with saving(final.name, run_dir) as partial:
             self._write_checkpoint(model, trial, partial / final.name, final)
         self.accelerator.wait_for_everyone()
-        if self.args.keeps_output_dir:
+        if self.args.machines.keeps:
             rotate_checkpoints(
                 str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
             )
@@ -121,11 +121,11 @@ class StageTrainerMixin(_Base):
                 write(partial)
         machines = self.args.machines
         machines.mirror(partial, self.args.device)
-        if self.args.keeps_output_dir and not self.args.should_save:
+        if machines.keeps and not self.args.should_save:
             self._name_own_best(partial / "trainer_state.json")
         written = machines.names_below(partial)
         self.accelerator.wait_for_everyone()  # every process has written its part
-        if self.args.keeps_output_dir:
+        if machines.keeps:
             seal(partial, written)
             publish(partial, final)
             shutil.rmtree(partial.parent, ignore_errors=True)
