@@ -52,7 +52,8 @@ def layout(request, tiny_model_dir, sft_file, preference_file, tmp_path_factory)
         found = [{"script": "supervised_finetuning", "argv": argv} for argv in argvs]
         if name == "own":  # DPO has its own kind of arguments
             argv = [*command, "--train_file_dir", preference_file, "--max_steps", "2"]
-            found.append({"script": "dpo_training", "argv": [*argv, "--output_dir", str(folders[machine] / "dpo")]})
+            # before DeepSpeed, which leaves variables of its own in the environment
+            found.insert(0, {"script": "dpo_training", "argv": [*argv, "--output_dir", str(folders[machine] / "dpo")]})
         return found
 
     port = str(free_port())
