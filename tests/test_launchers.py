@@ -23,6 +23,7 @@ from stagewise.errors import InputError
 from stagewise.modeling.loading import prepare_scoring
 from stagewise.run.checkpoints import check_saved, was_restarted
 from tests.architectures import tiny_config
+from tests.endings import free_port
 from tests.stages import losses, weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,7 +79,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 def test_the_deepspeed_launcher(flags, one_process, tmp_path):
     """As the tutorials of 2023 start it; it puts --local_rank in front of the flags."""
-    command = ("deepspeed", "--num_gpus", "2", "--master_port", "29801", "supervised_finetuning.py")
+    command = ("deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "supervised_finetuning.py")
     text = output(start(*command, *flags(tmp_path / "two", 2), "--deepspeed", "zero2.json"))
     assert "--local_rank=1" in text
     assert_same_run(one_process, tmp_path / "two")
@@ -90,7 +91,14 @@ def test_plain_python_under_deepspeed(flags, one_process, tmp_path):
 
 
 def test_accelerate_launch_with_deepspeed(flags, one_process, tmp_path):
-    command = ("accelerate", "launch", "--config_file", "accelerate_deepspeed.yaml", "--main_process_port", "29803")
+    command = (
+        "accelerate",
+        "launch",
+        "--config_file",
+        "accelerate_deepspeed.yaml",
+        "--main_process_port",
+        str(free_port()),
+    )
     output(start(*command, "supervised_finetuning.py", *flags(tmp_path / "two", 2)))
     assert_same_run(one_process, tmp_path / "two")
 
@@ -99,7 +107,14 @@ def test_accelerate_launch_with_fsdp(flags, one_process, tmp_path):
     """With what its YAML says, all but the machine: accelerate's own FSDP is for accelerators, see run_in_group."""
     job = {"script": "supervised_finetuning", "argv": flags(tmp_path / "two", 2)}
     (tmp_path / "jobs.json").write_text(json.dumps([job]))
-    command = ("accelerate", "launch", "--config_file", "accelerate_fsdp.yaml", "--main_process_port", "29805")
+    command = (
+        "accelerate",
+        "launch",
+        "--config_file",
+        "accelerate_fsdp.yaml",
+        "--main_process_port",
+        str(free_port()),
+    )
     text = output(start(*command, "tests/run_in_group.py", str(tmp_path / "jobs.json"), FSDP_ON_CPU="1"))
     assert "engine of supervised_finetuning: FSDP" in text
     assert_same_run(one_process, tmp_path / "two")
@@ -116,7 +131,7 @@ def shell(flags: list[str], **env: str) -> subprocess.Popen:
 
 def test_two_nodes_train_together(flags, one_process, tmp_path):
     """Two torchrun groups that meet at the loopback address."""
-    node = {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29807"}
+    node = {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     nodes = [
         shell(flags(tmp_path / "two", 2), NODE_RANK=str(rank), GLOO_SOCKET_IFNAME="lo", **node) for rank in range(2)
     ]
@@ -242,7 +257,7 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 200) -> Non
 def test_one_process_of_a_machine_prepares_the_data(flags, tmp_path):
     """With an empty cache each row is tokenized, and each packed row put together, once."""
     command = [*flags(tmp_path / "out", 2, 1), "--packing", "True", "--do_eval", "False"]
-    launch = (str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", "29813", "benchmarks/processes.py")
+    launch = (str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", "benchmarks/processes.py")
     text = output(start(*launch, "--child", *command, HF_DATASETS_CACHE=str(tmp_path / "cache")))
     prepared = {found["rank"]: found for found in map(json.loads, re.findall(r'^{"rank".*}$', text, re.M))}
     assert prepared[1] == {"rank": 1, "tokenized": 0, "packed": 0}
@@ -307,7 +322,7 @@ def test_every_row_once_an_epoch_in_one_order(flags, sft_file, tmp_path):
     for step in (3, 12):  # in the first and in the second epoch
         checkpoint = str(tmp_path / "one" / f"checkpoint-{step}")
         assert recorded_run(command(f"from{step}", 4, "--resume_from_checkpoint", checkpoint)) == one[step:]
-    torchrun = (str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", "29815", str(tmp_path / "run.py"))
+    torchrun = (str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", str(tmp_path / "run.py"))
     output(start(*torchrun, *command("two", 2)))
     ranks = [json.loads((tmp_path / "two" / f"seen{rank}.json").read_text()) for rank in range(2)]
     assert [sum(batches, []) for batches in zip(*ranks, strict=True)] == one
