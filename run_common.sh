@@ -4,18 +4,46 @@
 #   SEED             (42)
 #   NPROC_PER_NODE   processes on this machine (1: plain python, more: torchrun)
 #   NNODES           machines (1); with more, start the same script on each with its NODE_RANK
-#   NODE_RANK        (0)   MASTER_ADDR (127.0.0.1)   MASTER_PORT (29500)
+#   NODE_RANK        (0)   MASTER_ADDR (127.0.0.1)   MASTER_PORT (29500; on one machine any that is free)
 #   DEEPSPEED        a DeepSpeed configuration (.json), passed as --deepspeed
 #   PYTORCH_ALLOC_CONF  (expandable_segments:True with MODEL on an NVIDIA GPU)
 #   MAX_RESTARTS     (0) how often torchrun starts all processes again after one died; they go on from the newest
 #                    checkpoint, so pass --save_steps
+#
+# In a job of SLURM (srun, one task a node) what is not set is taken from it: NNODES, NODE_RANK, NPROC_PER_NODE (its GPUs
+# on this node), MASTER_ADDR (the first host), MASTER_PORT (by the number of the job). docs/distributed.md has a recipe.
 
 . ./setup_environment.sh
 install_requirements requirements.txt
 
+# first_host LIST: the first name of node[01-04,07],gpu1
+first_host() {
+    local names
+    if command -v scontrol > /dev/null && names="$(scontrol show hostnames "$1")" && [ -n "$names" ]; then
+        echo "${names%%$'\n'*}"
+        return
+    fi
+    # each [..] becomes its first entry
+    sed 's/\[\([^],-]*\)[^]]*\]/\1/g; s/,.*//' <<< "$1"
+}
+
+if [ -z "${NNODES:-}" ] && [ "${SLURM_LOCALID:-0}" != 0 ]; then
+    echo "error: SLURM has started more than one task on this node, and torchrun starts the processes itself: pass" \
+        "--ntasks-per-node 1 to srun" >&2
+    exit 2
+fi
+NNODES="${NNODES:-${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-${SLURM_JOB_NUM_NODES:-1}}}}"
+NPROC_PER_NODE="${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}"
+[ "$NPROC_PER_NODE" != 0 ] || NPROC_PER_NODE=1
+NODES="${SLURM_STEP_NODELIST:-${SLURM_JOB_NODELIST:-${SLURM_NODELIST:-}}}"
+if [ "$NNODES" != 1 ] && [ -n "$NODES" ]; then
+    NODE_RANK="${NODE_RANK:-${SLURM_NODEID:-0}}"
+    MASTER_ADDR="${MASTER_ADDR:-$(first_host "$NODES")}"
+    MASTER_PORT="${MASTER_PORT:-$(( 10000 + ${SLURM_JOB_ID:-${SLURM_JOBID:-0}} % 20000 ))}"
+    echo "SLURM: node $NODE_RANK of $NNODES, which meet at $MASTER_ADDR:$MASTER_PORT" >&2
+fi
+
 SEED="${SEED:-42}"
-NPROC_PER_NODE="${NPROC_PER_NODE:-1}"
-NNODES="${NNODES:-1}"
 MAX_RESTARTS="${MAX_RESTARTS:-0}"
 EMBEDDED="${EMBEDDED:-}"
 if [ -z "${MODEL:-}" ]; then
@@ -30,7 +58,7 @@ fi
 
 # launch SCRIPT FLAGS...: plain python for one process, torchrun for several or where one is to be started again
 launch() {
-    local script="$1"
+    local script="$1" meeting
     shift
     if [ "$NPROC_PER_NODE" = 1 ] && [ "$NNODES" = 1 ] && [ "$MAX_RESTARTS" = 0 ]; then
         python "$script" "$@" ${DEEPSPEED:+--deepspeed "$DEEPSPEED"}
@@ -38,8 +66,12 @@ launch() {
     fi
     # each process gets its share of the cores
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( $(getconf _NPROCESSORS_ONLN) / NPROC_PER_NODE > 0 ? $(getconf _NPROCESSORS_ONLN) / NPROC_PER_NODE : 1 ))}"
-    torchrun --nproc_per_node "$NPROC_PER_NODE" --nnodes "$NNODES" --node_rank "${NODE_RANK:-0}" \
-        --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" \
-        --max_restarts "$MAX_RESTARTS" \
+    if [ "$NNODES" = 1 ] && [ -z "${MASTER_PORT:-}" ]; then # any free port: two runs on one machine do not meet
+        meeting=(--standalone --local_addr 127.0.0.1)
+    else
+        meeting=(--nnodes "$NNODES" --node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-127.0.0.1}"
+            --master_port "${MASTER_PORT:-29500}")
+    fi
+    torchrun --nproc_per_node "$NPROC_PER_NODE" "${meeting[@]}" --max_restarts "$MAX_RESTARTS" \
         "$script" "$@" ${DEEPSPEED:+--deepspeed "$DEEPSPEED"}
 }

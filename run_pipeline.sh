@@ -10,6 +10,10 @@ cd "$(dirname "$0")"
 ROOT="${OUTPUT_ROOT:-outputs/pipeline}"
 [ -n "${MODEL:-}" ] || export EMBEDDED=yes
 . ./run_common.sh
+if [ "$NNODES" != 1 ]; then
+    echo "error: the pipeline merges between its stages, on one machine; on $NNODES start run_pt.sh, run_sft.sh, ..." >&2
+    exit 2
+fi
 mkdir -p "$ROOT"
 export MODEL EMBEDDED
 

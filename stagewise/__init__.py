@@ -10,6 +10,7 @@ go down only; neighbours on a floor (left | right) never import each other:
     0  stagewise.arguments  |  template             the command line            | chat templates
        stagewise.distributed                        the engine of several processes, before they form a group
        stagewise.devices                            what an accelerator can do
+       stagewise.machines                           which machines share output_dir, and who keeps it
        stagewise.errors, stagewise.old_spellings    what a user can mend; flags of 2023 and today's names for them
        stagewise.multitask_arguments                flags of the multi-task loss, for the two scripts that inherit them
 

@@ -26,6 +26,7 @@ from transformers.utils import is_torch_tf32_available
 from stagewise.devices import device_name, multiplies_bf16
 from stagewise.distributed import deepspeed_settings, settle_engine, uses_fsdp, zero_stage
 from stagewise.errors import InputError
+from stagewise.machines import Machines
 from stagewise.old_spellings import OLD_SPELLINGS, OldSpelling
 
 
@@ -396,6 +397,7 @@ class StageTrainingArguments(TrainingArguments):
     report_to: None | str | list[str] = _option(
         "tensorboard", "Where metrics go: tensorboard, wandb and others, separated by commas; all; none."
     )
+    machines = Machines()  # no flag: what one machine would find; start_run looks
 
     def __post_init__(self) -> None:
         import torch
@@ -406,6 +408,8 @@ class StageTrainingArguments(TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # type: ignore[has-type]
         self._check_numbers()
         self._settle_reports()
+        # Who writes is found out by looking (stagewise.machines); by this flag two machines would write one folder.
+        self.save_on_each_node = False
         settle_engine(self)
         self._settle_precision()
         super().__post_init__()

@@ -7,10 +7,12 @@ Everything reaches the disk before the rename, so that a power cut leaves either
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,11 +24,20 @@ from stagewise.errors import SaveFailed
 MANIFEST = "manifest.json"
 PARTIAL = "checkpoint.partial"
 _CHUNK_BYTES = 1 << 20
+# How late a network file system may show a file of another machine (NFS keeps a folder's entries for up to 60 s).
+_SHOWN_SECONDS = 90
+_NEXT_TO_NOTHING = 16 << 20  # bytes: what a writer that failed may have left of a disk
 
 
-def seal(folder: Path) -> None:
-    """Write the manifest of all files below `folder`, and see everything to the disk."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+def seal(folder: Path, written: Iterable[str] = ()) -> None:
+    """Write the manifest of all files below `folder`, and see everything to the disk.
+
+    Args:
+        written: names of files that other machines have written, which a network file system may show late.
+    """
+    expected = {folder / name for name in written}
+    _wait_for(expected)
+    files = sorted(expected | {path for path in folder.rglob("*") if path.is_file()})
     entries = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "xxh3_128": found}
         for path, found in zip(files, _hashes(files), strict=True)
@@ -34,6 +45,15 @@ def seal(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps({"files": entries}, indent=1) + "\n", encoding="utf-8")
     for path in [*files, folder / MANIFEST, *{path.parent for path in files}, folder]:
         _sync(path)
+
+
+def _wait_for(files: Iterable[Path]) -> None:
+    deadline = time.monotonic() + _SHOWN_SECONDS
+    for path in files:
+        while not path.is_file():
+            if time.monotonic() > deadline:
+                raise OSError(errno.ENOENT, "another machine has written it, and it cannot be seen here", str(path))
+            time.sleep(0.2)
 
 
 def publish(partial: Path, final: Path) -> None:
@@ -63,12 +83,20 @@ def saving(what: str, output_dir: Path) -> Iterator[Path]:
         reason = _disk_error(error)
         if reason is None:
             raise
-        free = shutil.disk_usage(output_dir).free / 2**20
+        free = shutil.disk_usage(output_dir).free
         shutil.rmtree(partial, ignore_errors=True)
+        full = _is_full(reason, free)
+        room = f" ({free / 2**20:,.1f} MiB were free in {output_dir})" if full else ""
         raise SaveFailed(
-            f"{what} could not be saved: {reason} ({free:,.1f} MiB were free in {output_dir}); the checkpoints before "
-            "are as they were. Make room, and go on with --resume_from_checkpoint True"
+            f"{what} could not be saved: {reason}{room}; the checkpoints before are as they were. "
+            f"{'Make room' if full else 'Mend that'}, and go on with --resume_from_checkpoint True"
         ) from error
+
+
+def _is_full(reason: BaseException, free: int) -> bool:
+    """Whether a disk or a quota was full; where a writer hides the number of the error, what is left tells."""
+    number = getattr(reason, "errno", None)
+    return number in (errno.ENOSPC, errno.EDQUOT) or (number is None and free < _NEXT_TO_NOTHING)
 
 
 def _disk_error(error: BaseException) -> BaseException | None:

@@ -34,12 +34,11 @@ SCRIPTS = {"pt": "pretraining", "sft": "supervised_finetuning", "rm": "reward_mo
 USED = {"ddp": "MULTI_CPU", "zero2": "DEEPSPEED 2", "zero3": "DEEPSPEED 3", "fsdp": "FSDP"}
 RESUMED = ("sft-lora", "sft-full")
 CASES = [f"{stage}-{how}" for stage in SCRIPTS for how in ("lora", "full")]
-PORTS = iter(range(29700, 29800))
 
 
 def torchrun(*command: str, launch: tuple[str, ...] = (), env: dict | None = None, timeout: int = 500):
     """Two processes on this machine, a thread for each."""
-    flags = ["--nproc_per_node", "2", "--master_port", str(next(PORTS)), *launch]
+    flags = ["--standalone", "--nproc_per_node", "2", *launch]
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *flags, *command],
         cwd=ROOT, capture_output=True, text=True, timeout=timeout,

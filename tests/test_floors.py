@@ -15,6 +15,7 @@ FLOORS = {
     "stagewise.distributed": -1,
     "stagewise.devices": -1,
     "stagewise.checkpoint_files": -1,
+    "stagewise.machines": -1,
     "template": 0,
     "stagewise.losses": 1,
     "stagewise.data": 2,

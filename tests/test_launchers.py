@@ -23,6 +23,7 @@ from stagewise.errors import InputError
 from stagewise.modeling.loading import prepare_scoring
 from stagewise.run.checkpoints import check_saved, was_restarted
 from tests.architectures import tiny_config
+from tests.endings import free_port
 from tests.stages import losses, weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,7 +79,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 def test_the_deepspeed_launcher(flags, one_process, tmp_path):
     """As the tutorials of 2023 start it; it puts --local_rank in front of the flags."""
-    command = ("deepspeed", "--num_gpus", "2", "--master_port", "29801", "supervised_finetuning.py")
+    command = ("deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "supervised_finetuning.py")
     text = output(start(*command, *flags(tmp_path / "two", 2), "--deepspeed", "zero2.json"))
     assert "--local_rank=1" in text
     assert_same_run(one_process, tmp_path / "two")
@@ -90,7 +91,14 @@ def test_plain_python_under_deepspeed(flags, one_process, tmp_path):
 
 
 def test_accelerate_launch_with_deepspeed(flags, one_process, tmp_path):
-    command = ("accelerate", "launch", "--config_file", "accelerate_deepspeed.yaml", "--main_process_port", "29803")
+    command = (
+        "accelerate",
+        "launch",
+        "--config_file",
+        "accelerate_deepspeed.yaml",
+        "--main_process_port",
+        str(free_port()),
+    )
     output(start(*command, "supervised_finetuning.py", *flags(tmp_path / "two", 2)))
     assert_same_run(one_process, tmp_path / "two")
 
@@ -99,7 +107,14 @@ def test_accelerate_launch_with_fsdp(flags, one_process, tmp_path):
     """With what its YAML says, all but the machine: accelerate's own FSDP is for accelerators, see run_in_group."""
     job = {"script": "supervised_finetuning", "argv": flags(tmp_path / "two", 2)}
     (tmp_path / "jobs.json").write_text(json.dumps([job]))
-    command = ("accelerate", "launch", "--config_file", "accelerate_fsdp.yaml", "--main_process_port", "29805")
+    command = (
+        "accelerate",
+        "launch",
+        "--config_file",
+        "accelerate_fsdp.yaml",
+        "--main_process_port",
+        str(free_port()),
+    )
     text = output(start(*command, "tests/run_in_group.py", str(tmp_path / "jobs.json"), FSDP_ON_CPU="1"))
     assert "engine of supervised_finetuning: FSDP" in text
     assert_same_run(one_process, tmp_path / "two")
@@ -116,7 +131,7 @@ def shell(flags: list[str], **env: str) -> subprocess.Popen:
 
 def test_two_nodes_train_together(flags, one_process, tmp_path):
     """Two torchrun groups that meet at the loopback address."""
-    node = {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29807"}
+    node = {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     nodes = [
         shell(flags(tmp_path / "two", 2), NODE_RANK=str(rank), GLOO_SOCKET_IFNAME="lo", **node) for rank in range(2)
     ]
@@ -129,16 +144,93 @@ def test_a_killed_process_costs_nothing_but_time(flags, tmp_path):
     """One of two is killed after the second checkpoint; the run ends by itself where an undisturbed one does."""
     saved = ["--save_strategy", "steps", "--save_steps", "4", "--ddp_timeout", "60"]
     group = {"NPROC_PER_NODE": "2", "MAX_RESTARTS": "1"}
-    output(shell([*flags(tmp_path / "whole", 2, 24), *saved], MASTER_PORT="29809", **group))
+    whole = shell([*flags(tmp_path / "whole", 2, 24), *saved], **group)  # at once, and neither is told a port
     killed = tmp_path / "killed"
-    run = shell([*flags(killed, 2, 24), *saved], MASTER_PORT="29811", **group)
+    run = shell([*flags(killed, 2, 24), *saved], **group)
     text = kill_second(killed / "checkpoint-8" / "trainer_state.json", run)
     assert run.returncode == 0, text[-4000:]
+    output(whole)
     assert "restarted after a process died: going on from" in text
     assert len(losses(killed)) == 24
     assert losses(tmp_path / "whole") == losses(killed)
     first, other = weights(tmp_path / "whole"), weights(killed)
     assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+# What SLURM says to the second of two nodes with four GPUs each.
+SLURM = {
+    "SLURM_JOB_ID": "1234567", "SLURM_JOB_NUM_NODES": "2", "SLURM_NNODES": "2", "SLURM_NODEID": "1",
+    "SLURM_JOB_NODELIST": "node[01-04,07],gpu1", "SLURM_GPUS_ON_NODE": "4", "SLURM_LOCALID": "0",
+}  # fmt: skip
+ON_ONE = {**SLURM, "SLURM_JOB_NUM_NODES": "1", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({"NPROC_PER_NODE": "2"}, "--nproc_per_node 2 --standalone --local_addr 127.0.0.1 "),
+        (
+            {"NPROC_PER_NODE": "2", "MASTER_PORT": "29555"},
+            "--nproc_per_node 2 --nnodes 1 --node_rank 0 --master_addr 127.0.0.1 --master_port 29555 ",
+        ),
+        # 10000 + 1234567 mod 20000
+        (SLURM, "--nproc_per_node 4 --nnodes 2 --node_rank 1 --master_addr node01 --master_port 24567 "),
+        (
+            {**SLURM, "SCONTROL": "first-host"},
+            "--nproc_per_node 4 --nnodes 2 --node_rank 1 --master_addr first-host --master_port 24567 ",
+        ),
+        (
+            {**SLURM, "SLURM_STEP_NUM_NODES": "3", "SLURM_STEP_NODELIST": "rack2-n[7,9-10]"},  # srun on some of them
+            "--nproc_per_node 4 --nnodes 3 --node_rank 1 --master_addr rack2-n7 --master_port 24567 ",
+        ),
+        (
+            {
+                **SLURM,
+                "NNODES": "4",
+                "NODE_RANK": "3",
+                "MASTER_ADDR": "here",
+                "MASTER_PORT": "1",
+                "NPROC_PER_NODE": "8",
+            },
+            "--nproc_per_node 8 --nnodes 4 --node_rank 3 --master_addr here --master_port 1 ",
+        ),
+        (ON_ONE, "--nproc_per_node 4 --standalone --local_addr 127.0.0.1 "),
+        ({**ON_ONE, "SLURM_GPUS_ON_NODE": "0", "MAX_RESTARTS": "1"}, "--nproc_per_node 1 --standalone "),
+    ],
+)
+def test_what_the_launcher_is_told(told, expected, tmp_path):
+    done = pretended_launch(tmp_path, **told)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"torchrun {expected}"), done.stdout
+    assert "supervised_finetuning.py --model_name_or_path somewhere" in done.stdout
+
+
+def test_several_tasks_on_a_node(tmp_path):
+    done = pretended_launch(tmp_path, **{**SLURM, "SLURM_LOCALID": "1"})
+    assert done.returncode == 2
+    assert "pass --ntasks-per-node 1 to srun" in done.stderr
+
+
+def pretended_launch(folder: Path, **env: str) -> subprocess.CompletedProcess:
+    """run_sft.sh with a torchrun that says how it was called, and a scontrol that knows $SCONTROL."""
+    programs = {"torchrun": 'echo torchrun "$@"'}
+    if "SCONTROL" in env:
+        programs["scontrol"] = (
+            f'[ "$*" = "show hostnames {env["SLURM_JOB_NODELIST"]}" ] && echo $SCONTROL && echo other'
+        )
+    for name, does in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{does}\n")
+        (folder / name).chmod(0o755)
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SLURM_", "MASTER_", "NPROC_")) and name not in ("NNODES", "NODE_RANK", "MAX_RESTARTS")
+    }
+    path = os.pathsep.join([str(folder), str(BIN), os.environ["PATH"]])
+    return subprocess.run(
+        ["bash", "run_sft.sh"], cwd=ROOT, capture_output=True, text=True, timeout=60,
+        env={**inherited, "VIRTUAL_ENV": sys.prefix, "PATH": path, "MODEL": "somewhere", **env},
+    )  # fmt: skip
 
 
 def kill_second(after: Path, run: subprocess.Popen) -> str:
@@ -165,7 +257,7 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 200) -> Non
 def test_one_process_of_a_machine_prepares_the_data(flags, tmp_path):
     """With an empty cache each row is tokenized, and each packed row put together, once."""
     command = [*flags(tmp_path / "out", 2, 1), "--packing", "True", "--do_eval", "False"]
-    launch = (str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", "29813", "benchmarks/processes.py")
+    launch = (str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", "benchmarks/processes.py")
     text = output(start(*launch, "--child", *command, HF_DATASETS_CACHE=str(tmp_path / "cache")))
     prepared = {found["rank"]: found for found in map(json.loads, re.findall(r'^{"rank".*}$', text, re.M))}
     assert prepared[1] == {"rank": 1, "tokenized": 0, "packed": 0}
@@ -230,7 +322,7 @@ def test_every_row_once_an_epoch_in_one_order(flags, sft_file, tmp_path):
     for step in (3, 12):  # in the first and in the second epoch
         checkpoint = str(tmp_path / "one" / f"checkpoint-{step}")
         assert recorded_run(command(f"from{step}", 4, "--resume_from_checkpoint", checkpoint)) == one[step:]
-    torchrun = (str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", "29815", str(tmp_path / "run.py"))
+    torchrun = (str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", str(tmp_path / "run.py"))
     output(start(*torchrun, *command("two", 2)))
     ranks = [json.loads((tmp_path / "two" / f"seen{rank}.json").read_text()) for rank in range(2)]
     assert [sum(batches, []) for batches in zip(*ranks, strict=True)] == one

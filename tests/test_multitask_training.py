@@ -250,7 +250,7 @@ def test_two_processes_equal_one(tiny_model_dir, both, tmp_path):
     start.write_text(START)
     cut = ("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2")
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29647"]
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         + [str(start), tiny_model_dir, both, str(tmp_path / "two"), *runs[0], *cut, ",", *runs[1], *cut],
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip

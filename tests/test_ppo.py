@@ -208,7 +208,7 @@ def test_two_processes_are_one_with_the_same_batch(tiny_model_dir, folder, tmp_p
         ("one", [sys.executable], "8"),
         (
             "two",
-            [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29671"],
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
             "4",
         ),
     ):

@@ -379,7 +379,7 @@ def test_two_processes_equal_one(tiny_model_dir, preference_file, tmp_path):
     code = "import sys; from tests.stages import run_rm; from pathlib import Path; a = sys.argv[1:]; "
     (tmp_path / "start.py").write_text(code + "run_rm(a[0], a[1], Path(a[2]), *a[3:])")
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29641"]
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         + [str(tmp_path / "start.py"), tiny_model_dir, preference_file, str(tmp_path / "two"), *shared]
         + ["--per_device_train_batch_size", "2"],
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},

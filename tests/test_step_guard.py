@@ -113,7 +113,7 @@ def test_two_processes_leave_out_the_same_step(poisoned_model, poisoned_file, tm
         "--model_max_length", "128", "--logging_steps", "1", "--learning_rate", "5e-3", "--lora_rank", "4",
         "--lora_dropout", "0", *EPOCH, "--save_strategy", "no", "--on_nan", "skip", "--seed", "3",
     ]  # fmt: skip
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29841"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for name, launch, rows in (("one", [sys.executable], "4"), ("two", torchrun, "2")):
         output = ["--output_dir", str(tmp_path / name), "--per_device_train_batch_size", rows]
         done = subprocess.run(

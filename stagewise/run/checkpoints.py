@@ -19,12 +19,13 @@ logger = logging.getLogger(__name__)
 NEEDED = ("trainer_state.json", "scheduler.pt", "optimizer.pt")
 
 
-def find_resume_checkpoint(value: str | bool | None, output_dir: str) -> str | None:
+def find_resume_checkpoint(value: str | bool | None, output_dir: str, until: int | None = None) -> str | None:
     """The checkpoint that --resume_from_checkpoint means.
 
     Args:
         value: None or False for a fresh start, True (also as text) for the newest sound checkpoint in `output_dir`, or
             a path.
+        until: with True, of this step or before.
 
     Raises:
         InputError: there is none, or the one named is not whole.
@@ -36,17 +37,21 @@ def find_resume_checkpoint(value: str | bool | None, output_dir: str) -> str | N
         if problem:
             raise InputError(f"--resume_from_checkpoint {value}: {problem}")
         return str(value)
-    newest = newest_checkpoint(output_dir)
+    newest = newest_checkpoint(output_dir, until)
     if newest is None:
+        everywhere = "" if until is None else " that every machine has"
         raise InputError(
-            f"--resume_from_checkpoint True: no whole checkpoint in {output_dir}; leave the flag out to start"
+            f"--resume_from_checkpoint True: no whole checkpoint in {output_dir}{everywhere}; leave the flag out to "
+            "start"
         )
     return newest
 
 
-def newest_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint that is whole, or None; the log names those that are not."""
+def newest_checkpoint(output_dir: str, until: int | None = None) -> str | None:
+    """The newest checkpoint (of step `until` or before) that is whole, or None; the log names those that are not."""
     for folder in sorted_checkpoints(output_dir):
+        if until is not None and int(folder.name.split("-")[1]) > until:
+            continue
         problem = checkpoint_problem(folder)
         if problem is None:
             return str(folder)

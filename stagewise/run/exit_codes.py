@@ -1,6 +1,8 @@
 """How scripts start and end: 0 done, 2 what the user can mend, 1 anything else, 130/143 interrupted."""
 
 import argparse
+import atexit
+import contextlib
 import difflib
 import logging
 import os
@@ -27,7 +29,50 @@ def run_script(main: Callable[[], object]) -> None:
 
     A failure of any other kind keeps its traceback (exit code 1), and where memory ran out advice follows it; 130 and
     143 are raised where the signal was handled.
+
+    A process that was in a group ends at once after its last word, see _LastWord. A group that the caller has formed
+    stays, and so does a caller that is no script.
     """
+    last_word, of_caller = _LastWord(), _in_group()
+    is_script = sys._getframe(1).f_globals.get("__name__") == "__main__"
+    if is_script:
+        atexit.register(last_word)  # the first to register is the last to be called
+    code = 1
+    try:
+        _run(main)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
+    finally:
+        if _in_group() and not of_caller:
+            last_word.code = code
+            # one that failed must not wait for the others
+            if code in (0, 130, 143) or not is_script:
+                sys.modules["torch"].distributed.destroy_process_group()
+
+
+class _LastWord:
+    """Ends the process with `code`, where there is one, without taking its interpreter down.
+
+    Threads of a process group outlive it: torch.distributed.destroy_process_group leaves those of gloo running where a
+    library still holds the group, which DDP and DeepSpeed do. Such a thread frees the tensors of the last collective,
+    for which it needs the interpreter's lock; one that is refused it, because the interpreter is ending, is ended by
+    force, and the process with it: "terminate called without an active exception", SIGABRT, of a run that was done.
+    """
+
+    code: int | None = None
+
+    def __call__(self) -> None:
+        if self.code is not None:
+            logging.shutdown()
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):  # nobody listens any more
+                    stream.flush()
+            os._exit(self.code)
+
+
+def _run(main: Callable[[], object]) -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # huggingface_hub and trl report their use otherwise
     _quiet_libraries()
     try:
@@ -46,8 +91,6 @@ def run_script(main: Callable[[], object]) -> None:
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    finally:
-        _leave_process_group()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -114,8 +157,6 @@ def _misses_score_head_alone(record: logging.LogRecord) -> bool:
     }
 
 
-def _leave_process_group() -> None:
-    """An interpreter that ends with an open process group may abort after everything was saved."""
+def _in_group() -> bool:
     torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -17,8 +17,9 @@ import yaml
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState, set_seed
 
 from stagewise.checkpoint_files import move_into, saving
-from stagewise.distributed import decide_on_first
+from stagewise.distributed import uses_fsdp
 from stagewise.errors import InputError, TrainingDiverged
+from stagewise.machines import PROBE, agree, look
 from stagewise.modeling.attention import check_kernel
 from stagewise.modeling.experts import every_pass_trains_all
 from stagewise.modeling.liger import liger_config
@@ -56,8 +57,10 @@ OWN_FILES = (
     "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*",
     "special_tokens_map.json", "chat_template.jinja", "added_tokens.json", "vocab.json", "merges.txt",
     "training_args.bin", "*_results.json", "trainer_state.json", "*.png", "run_config.yaml", "data_report.json",
-    "stage.json", "README.md", "completions.jsonl",
+    "stage.json", "README.md", "completions.jsonl", f"{PROBE}*",
 )  # fmt: skip
+# What the main process writes beside the model, and other machines get a copy of.
+RESULTS = ("*_results.json", "trainer_state.json", "*.png", "README.md", "completions.jsonl")
 
 
 def start_run(args, run_args) -> str | None:
@@ -68,8 +71,9 @@ def start_run(args, run_args) -> str | None:
         run_args: overwrite_output_dir, dry_run, logging_dir.
 
     Returns:
-        The checkpoint to resume from, or None. The first process of a group finds it for all. A group that torchrun
-        has restarted goes on from the newest sound one, whatever the flags said at its first start.
+        The checkpoint to resume from, or None; each machine names its own copy where they share no folder, of the
+        newest step that all have. A group that torchrun has restarted goes on from there, whatever the flags said at
+        its first start.
 
     Raises:
         InputError: output_dir is in use and neither --resume_from_checkpoint nor --overwrite_output_dir is given; the
@@ -87,16 +91,49 @@ def start_run(args, run_args) -> str | None:
             "or set CUDA_VISIBLE_DEVICES to one of them"
         )
     os.environ["TENSORBOARD_LOGGING_DIR"] = run_args.logging_dir or str(Path(args.output_dir) / "logs")
-    checkpoint = decide_on_first(lambda: _settle_output_dir(args, run_args))
+    args.machines = look(Path(args.output_dir), args.local_process_index)
+    if len(args.machines.writers) > 1 and _shards_checkpoints(args):
+        raise InputError(
+            f"--output_dir {args.output_dir}: is another folder on each machine, and FSDP would cut its checkpoints "
+            "over them; share the folder, or set state_dict_type to FULL_STATE_DICT, as fsdp.json does"
+        )
+    checkpoint = _agree_on_checkpoint(args, run_args)
     lineage.check_layout(checkpoint, args)
+    agree(lineage.missing_random_state(checkpoint, args))
     return checkpoint
 
 
-def _settle_output_dir(args, run_args) -> str | None:
-    """The checkpoint to go on from; see start_run."""
+def _shards_checkpoints(args) -> bool:
+    found = (args.fsdp_plugin_args or {}).get("state_dict_type") or os.environ.get("FSDP_STATE_DICT_TYPE", "")
+    return uses_fsdp(args) and "SHARDED" in str(found).upper()
+
+
+def _agree_on_checkpoint(args, run_args) -> str | None:
+    """The checkpoint of the newest step that every output_dir holds whole, as this process calls it."""
+
+    def settled() -> tuple[int, str, bool] | None:
+        folder = _settle_output_dir(args, run_args, until)
+        if folder is None:
+            return None
+        return checkpoint_step(folder), Path(folder).name, folder == str(args.resume_from_checkpoint)
+
+    until = None
+    while len(set(found := args.machines.ask(settled))) > 1:
+        if any(folder and folder[2] for folder in found):
+            steps = ", ".join(str(folder[0]) if folder else "none" for folder in found)
+            raise InputError(f"--resume_from_checkpoint: the machines name checkpoints of different steps: {steps}")
+        until = min(folder[0] if folder else 0 for folder in found)
+    if found[0] is None:
+        return None
+    _, name, is_named = found[0]
+    return str(args.resume_from_checkpoint) if is_named else str(Path(args.output_dir) / name)
+
+
+def _settle_output_dir(args, run_args, until: int | None) -> str | None:
+    """The checkpoint to go on from, of step `until` or before; see start_run."""
     output = Path(args.output_dir)
     if was_restarted(output):
-        newest = newest_checkpoint(args.output_dir)
+        newest = newest_checkpoint(args.output_dir, until)
         if newest is not None:
             logger.warning("restarted after a process died: going on from %s", newest)
             return newest
@@ -104,7 +141,7 @@ def _settle_output_dir(args, run_args) -> str | None:
             logger.warning("restarted after a process died, before the first checkpoint: starting over")
             return None
     check_writable("--output_dir", output)
-    checkpoint = find_resume_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    checkpoint = find_resume_checkpoint(args.resume_from_checkpoint, args.output_dir, until)
     if not any(output.glob("*")) or _holds(output, checkpoint):
         return checkpoint
     if not run_args.overwrite_output_dir:
@@ -122,9 +159,10 @@ def _holds(output: Path, checkpoint: str | None) -> bool:
 def open_output_dir(args, run_args, checkpoint: str | None, arguments: Sequence[object], data_report: dict) -> None:
     """Create output_dir (cleared of a run that is to be overwritten) and write run_config.yaml and data_report.json.
 
-    Called when arguments, data and model have been found good: what fails before leaves output_dir as it was.
+    Each machine does it for the output_dir that it sees. Called when arguments, data and model have been found good:
+    what fails before leaves output_dir as it was.
     """
-    if args.should_save:
+    if args.machines.keeps:
         output = Path(args.output_dir)
         if run_args.overwrite_output_dir and not _holds(output, checkpoint):
             clear_output_dir(output)
@@ -288,6 +326,8 @@ def train_and_save(
         if trainer.args.should_save:
             check_saved(partial)
             lineage.write_stage(partial, **stage_fields)
+        trainer.args.machines.mirror(partial, trainer.args.device)
+        if trainer.args.machines.keeps:
             move_into(partial, output)
         trainer.save_state()
         trainer.save_metrics("train", metrics)
@@ -332,9 +372,25 @@ def report_curves(trainer: Trainer, run_args, curves: Mapping[str, Sequence[str]
 
 
 def report_run(trainer: Trainer, run_args, arguments: Sequence[object], data_report: dict, metrics: dict) -> None:
-    """Plots, model card and, with --push_to_hub, the upload of it all; on the main process."""
-    if not trainer.args.should_save:
-        return
+    """Plots, model card and, with --push_to_hub, the upload of it all; on the main process.
+
+    Machines with an output_dir of their own get a copy before the upload, for which nobody waits.
+    """
+    output = Path(trainer.args.output_dir)
+    if trainer.args.should_save:
+        _write_report(trainer, run_args, arguments, data_report, metrics)
+    trainer.args.machines.mirror(output, trainer.args.device, RESULTS)
+    if trainer.args.should_save:
+        if trainer.args.push_to_hub:
+            _push(trainer)
+        bad = figures_not_finite(metrics)
+        if bad:
+            logger.warning("done, but do not trust it: %s: %s not finite", output, ", ".join(bad))
+        else:
+            logger.info("done: %s", output)
+
+
+def _write_report(trainer: Trainer, run_args, arguments: Sequence[object], data_report: dict, metrics: dict) -> None:
     if run_args.cost:
         world = trainer.args.world_size
         machines = max(1, world // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
@@ -344,13 +400,6 @@ def report_run(trainer: Trainer, run_args, arguments: Sequence[object], data_rep
     if run_args.plot_loss:
         plot_loss(trainer.state.log_history, output / "training_loss.png", f"{stage.get('stage', '')}: {output.name}")
     (output / "README.md").write_text(model_card(stage, arguments, data_report, metrics), encoding="utf-8")
-    if trainer.args.push_to_hub:
-        _push(trainer)
-    bad = figures_not_finite(metrics)
-    if bad:
-        logger.warning("done, but do not trust it: %s: %s not finite", output, ", ".join(bad))
-    else:
-        logger.info("done: %s", output)
 
 
 def _push(trainer: Trainer) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import socket
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -127,6 +128,22 @@ def check_layout(checkpoint: str | None, args) -> None:
             "random (dropout, noise, answers) and the last digits of sums will not be the same",
             then["processes"], now["processes"],
         )  # fmt: skip
+
+
+def missing_random_state(checkpoint: str | None, args) -> str | None:
+    """What is wrong where a checkpoint of as many processes holds no random numbers for this one; None where it does.
+
+    On machines that share no folder each holds those of its own processes.
+    """
+    if checkpoint is None or args.world_size == 1:
+        return None
+    then, name = (read_stage(checkpoint) or {}).get("layout"), f"rng_state_{args.process_index}.pth"
+    if then is None or then["processes"] != args.world_size or Path(checkpoint, name).is_file():
+        return None
+    return (
+        f"--resume_from_checkpoint {checkpoint}: {name} is not on {socket.gethostname()}, so it is another machine's "
+        "copy; give each machine the rank (NODE_RANK) that it had, or all of them one output_dir"
+    )
 
 
 def check_reward_model(path: str | None, template: str | None, config: PretrainedConfig) -> None:

@@ -38,9 +38,11 @@ def dpo_config(args: TrainingArguments, **options: Any):
         if field.init and field.name in known
     }
     try:
-        return DPOConfig(**{**values, "max_length": None, "disable_dropout": True, **options})
+        config = DPOConfig(**{**values, "max_length": None, "disable_dropout": True, **options})
     except ValueError as error:
         raise InputError(f"DPO settings: {error}") from error
+    config.machines = args.machines  # no field, as who keeps output_dir is no flag
+    return config
 
 
 def dpo_trainer_class() -> type:

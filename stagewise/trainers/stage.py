@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from stagewise.checkpoint_files import PARTIAL, publish, saving, seal
@@ -123,13 +124,13 @@ class StageTrainerMixin(_Base):
         started = time.perf_counter()
         run_dir = Path(self.args.output_dir)
         final = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
+        if self.args.machines.keeps:
             shutil.rmtree(run_dir / PARTIAL, ignore_errors=True)  # of a run that was killed while it saved
         self.accelerator.wait_for_everyone()
         with saving(final.name, run_dir) as partial:
             self._write_checkpoint(model, trial, partial / final.name, final)
         self.accelerator.wait_for_everyone()
-        if self.args.should_save:
+        if self.args.machines.keeps:
             rotate_checkpoints(
                 str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
             )
@@ -141,20 +142,30 @@ class StageTrainerMixin(_Base):
             super()._save_checkpoint(model, trial)
         finally:
             self._run_dir = run_dir
-        if self.state.best_model_checkpoint == str(partial):
+        if self.state.best_global_step == self.state.global_step:  # known without looking, so on every process
             self.state.best_model_checkpoint = str(final)
         if self.args.should_save:
             self.state.save_to_json(str(partial / "trainer_state.json"))
             for write in self.checkpoint_writers:
                 write(partial)
+        machines = self.args.machines
+        machines.mirror(partial, self.args.device)
+        if machines.keeps and not self.args.should_save:
+            self._name_own_best(partial / "trainer_state.json")
+        written = machines.names_below(partial)
         self.accelerator.wait_for_everyone()  # every process has written its part
-        # on each machine, where there is no common file system
-        if self.args.should_save or (self.is_local_process_zero() and partial.is_dir()):
-            seal(partial)
+        if machines.keeps:
+            seal(partial, written)
             publish(partial, final)
             shutil.rmtree(partial.parent, ignore_errors=True)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
+
+    def _name_own_best(self, path: Path) -> None:
+        """In a state that another machine has written: where the best checkpoint lies on this one."""
+        state = TrainerState.load_from_json(str(path))
+        state.best_model_checkpoint = self.state.best_model_checkpoint
+        state.save_to_json(str(path))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """An upload runs on beside the training: it is begun when the folder has got its name."""
