@@ -144,6 +144,7 @@ def train_group(name: str, command, ppo_command, folder: Path) -> Path:
         jobs.append(job("sft-full", "joined", "--resume_from_checkpoint", str(begun / "checkpoint-2")))
     if name in ("ddp", "zero2"):
         jobs.append({"script": "ppo_training", "argv": ppo_command(folder / "ppo", *engine)})
+        jobs.append({"script": "ppo_training", "argv": ppo_command(folder / "ppo-bf16", *engine, "--bf16", "True")})
     if name.startswith("zero"):
         jobs.append(job("sft-full", "offloaded", "--deepspeed", str(offload_without_compiler(name, folder))))
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -257,6 +258,21 @@ def test_ppo_under_zero2_is_ppo_under_ddp(group):
     first, second = (weights(group(engine) / "ppo") for engine in ("ddp", "zero2"))
     for name in first:
         torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_ppo_in_bf16_is_near_ppo_in_float32(engine, group, ppo_command, tmp_path):
+    """Near: other answers are sampled where two tokens are almost as likely. A process alone samples others anyway."""
+    import ppo_training
+
+    ppo_training.main(ppo_command(tmp_path, "--per_device_train_batch_size", "4"))
+    exact = [entry for entry in log_history(tmp_path) if "objective/entropy" in entry]
+    found = [entry for entry in log_history(group(engine) / "ppo-bf16") if "objective/entropy" in entry]
+    assert len(found) == len(exact) == 2
+    for one, other in zip(found, exact, strict=True):
+        assert one["objective/entropy"] == pytest.approx(other["objective/entropy"], rel=0.03)
+        assert abs(one["objective/kl"] - other["objective/kl"]) < 0.1
+        assert one["objective/response_length"] == pytest.approx(other["objective/response_length"], rel=0.1)
 
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])

@@ -1,6 +1,7 @@
 """--upcast_layernorm: norms compute in float32 inside a model of 16 bits."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from stagewise.arguments import LoraArguments, ModelArguments, RunArguments, StageTrainingArguments, parse_arguments
 from stagewise.errors import InputError
 from stagewise.modeling.loading import load_causal_lm
-from stagewise.modeling.precision import upcast_norms
+from stagewise.modeling.precision import multiply_in_float32, upcast_norms
 from tests.architectures import tiny_model
 from tests.stages import LORA, losses, run_sft
 
@@ -68,3 +69,38 @@ def test_engines_with_one_data_type_refuse_it(monkeypatch):
             parse_arguments(
                 ModelArguments, LoraArguments, RunArguments, StageTrainingArguments, argv=[*shared, *flags]
             )
+
+
+def test_what_goes_into_a_model_keeps_its_numbers_under_deepspeed():
+    """The Trainer rounds them to 16 bits there: 1/1000 as the weight of a token, a log-probability of -12.345."""
+    from transformers import Trainer
+
+    from stagewise.trainers.stage import StageTrainerMixin
+
+    class StageTrainer(StageTrainerMixin, Trainer):
+        def __init__(self):
+            self.args = SimpleNamespace(device=torch.device("cpu"))
+            self.is_deepspeed_enabled = True
+            settings = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
+            self.accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=settings))
+
+    given = {"weights": torch.tensor([0.001]), "nested": [torch.tensor([-12.345])], "ids": torch.tensor([70_001])}
+    assert Trainer._prepare_input(StageTrainer(), given["weights"]).dtype == torch.bfloat16
+    found = StageTrainer()._prepare_input(given)
+    assert torch.equal(found["weights"], given["weights"])
+    assert torch.equal(found["nested"][0], given["nested"][0])
+    assert torch.equal(found["ids"], given["ids"])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_score_is_multiplied_in_float32(dtype, autocast):
+    """By hand: 256 + 1 is no number of bf16, which has 256 and 258."""
+    head = torch.nn.Linear(2, 1, bias=False, dtype=dtype)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[1.0, 1.0]]))
+    multiply_in_float32(torch.nn.Sequential(head))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        score = head(torch.tensor([[256.0, 1.0]], dtype=dtype))
+    assert score.dtype == torch.float32
+    assert score.item() == 257.0
