@@ -64,7 +64,6 @@ def main(argv: list[str] | None = None) -> dict:
     tokenizer = merging.load_merge_tokenizer(
         args.tokenizer_path, args.lora_model, args.base_model, args.trust_remote_code
     )
-    preflight.check_pair(args.base_model, args.lora_model, tokenizer, args.trust_remote_code)
     found = merging.open_merge(
         args.base_model, args.lora_model, tokenizer, merging.named_device(args.device), args.trust_remote_code,
         args.merge_onto, args.allow_pickle, None if args.dtype == "auto" else merging.named_dtype(args.dtype),

@@ -418,7 +418,7 @@ class QuantizedTwin:
     def __init__(self, model: PreTrainedModel, quantization: Quantization, saved: dict | None = None):
         from transformers.quantizers import AutoHfQuantizer
 
-        self.model, self.bits, self.is_stored = model, quantization.bits, saved is not None
+        self.model, self.bits, self.is_stored = model.eval(), quantization.bits, saved is not None
         config = BitsAndBytesConfig.from_dict(saved) if saved else quantization.config()
         self._quantizer = AutoHfQuantizer.from_config(config, pre_quantized=self.is_stored)
         self._quantizer.preprocess_model(model=model, device_map={"": "cpu"}, dtype=torch.float32)

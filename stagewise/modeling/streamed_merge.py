@@ -36,6 +36,8 @@ class Part:
     layers: peft's, that are around it, the inner ones first.
     trained: what the adapter has in its place (modules_to_save); None where it keeps it.
     given: tensors that the adapter's files have for it: biases, embeddings that have grown.
+    before, kept, lent: while its weights are there, by their names in the module: the base's as they were read, what
+        the adapter has where the saved ones are in its place, and those that are on their way to the disk.
     """
 
     module: nn.Module
@@ -47,6 +49,7 @@ class Part:
     given: dict[str, Tensor] = field(default_factory=dict)
     before: dict[str, Tensor] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
+    lent: set[str] = field(default_factory=set)
 
     def changes(self, attribute: str) -> bool:
         """Whether the adapter has anything to do with one of the tensors."""
@@ -87,6 +90,7 @@ class StreamedMerge:
         self.writer: Writer | None = None
         self._part_of = {name: (part, attribute) for part in parts for attribute, name in part.names.items()}
         self._halves: dict[int, dict[str, Tensor]] = {}
+        self._used: dict[torch.Size, list[Tensor]] = {}  # float32 tensors that nothing needs any more
         self._check_complete()
         self.untied = self._find_untied()
         casts = any(self._casts(name) for name in self._part_of)
@@ -299,15 +303,22 @@ class StreamedMerge:
         for attribute, name in part.names.items():
             holds = self.tensors.holds(name)
             value = self.tensors.load(name, original) if holds else torch.zeros(self._shape(name))
-            _put(part.module, attribute, _compute(value.to(self.device)))
+            _put(part.module, attribute, self._computed(value))
             if part.changes(attribute) and holds:
                 part.before[attribute] = value
+
+    def _computed(self, value: Tensor) -> Tensor:
+        """A copy in float32, on the device, in memory that was used before: to be given fresh pages costs more."""
+        if not value.is_floating_point():
+            return value.to(self.device)
+        used = self._used.get(value.shape)
+        return (used.pop() if used else torch.empty(value.shape, device=self.device)).copy_(value)
 
     def _give(self, part: Part, given: bool) -> None:
         for attribute, tensor in part.given.items():
             before = part.before.get(attribute)
             value = tensor if given else before if before is not None else torch.zeros(tensor.shape)
-            _put(part.module, attribute, _compute(value.to(self.device), clone=True))
+            _put(part.module, attribute, self._computed(value))
 
     def _use_quantized(self, part: Part, use: bool) -> None:
         layer = self.twin.layer(part.path) if self.twin is not None else None
@@ -323,10 +334,6 @@ class StreamedMerge:
 
     @torch.no_grad()
     def _merge(self, part: Part) -> None:
-        for attribute, before in part.before.items():
-            value = getattr(part.module, attribute)
-            if part.layers and value.data_ptr() == before.data_ptr():  # in float32 already: peft adds in place
-                _put(part.module, attribute, value.detach().clone())
         for layer in part.layers:
             layer.merge(safe_merge=False)
 
@@ -342,10 +349,14 @@ class StreamedMerge:
             saved = self._cast(part, attribute, value, dtype) if part.changes(attribute) else value.to(dtype)
             if key is not None and not self.writer_has(name, key):
                 self._write(name, key, saved)
+                if saved is value:
+                    part.lent.add(attribute)
             if keep and saved is not value and not self._is_exact(part, attribute, dtype):
-                if part.trained is not None:
+                if part.trained is None:
+                    value.copy_(saved)
+                else:
                     part.kept[attribute] = value
-                _put(part.target, attribute, _compute(saved))
+                    _put(part.target, attribute, saved.to(value.dtype))
 
     def _is_exact(self, part: Part, attribute: str, dtype: torch.dtype) -> bool:
         """Whether a tensor is saved as the file has it."""
@@ -407,6 +418,7 @@ class StreamedMerge:
 
     def _release(self, part: Part) -> None:
         self._use_quantized(part, False)
+        lent, part.lent = part.lent, set()
         for attribute, value in part.kept.items():
             _put(part.target, attribute, value)
         part.kept.clear()
@@ -414,6 +426,9 @@ class StreamedMerge:
         for layer in part.layers:
             _forget_merge(layer)
         for attribute, name in part.names.items():
+            value = getattr(part.module, attribute).detach()
+            if value.dtype == torch.float32 and not value.is_meta and attribute not in lent:
+                self._used.setdefault(value.shape, []).append(value)
             _put(part.module, attribute, torch.empty(self._shape(name), device="meta"))
 
     def _finish(self, part: Part) -> None:
@@ -489,7 +504,7 @@ class StreamedMerge:
 
     def _read(self, name: str, cast: torch.dtype | None, start: int, stop: int) -> Tensor:
         rows = self.tensors.rows(name, start, stop)
-        return _compute((rows if cast is None else rows.to(cast)).to(self.device))
+        return (rows if cast is None else rows.to(cast)).to(self.device).float()
 
 
 def _without_last(inputs: Tensor, count: int) -> list[Tensor]:
@@ -521,8 +536,6 @@ def read_adapter(peft_model: Any, parts: Iterable[Part], folder: str) -> None:
         InputError: the adapter's files lack some of its weights.
     """
     from peft import load_peft_weights, set_peft_model_state_dict
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
 
     shared = _sharing(peft_model)
     for module in peft_model.modules():
@@ -531,21 +544,27 @@ def read_adapter(peft_model: Any, parts: Iterable[Part], folder: str) -> None:
     set_peft_model_state_dict(peft_model, load_peft_weights(folder, device="cpu"), low_cpu_mem_usage=True)
     for places in shared:
         real = [module._parameters[name] for module, name in places if not module._parameters[name].is_meta]
-        for module, name in places if real else ():
-            if module._parameters[name].is_meta:
+        for module, name in places:
+            if real and module._parameters[name].is_meta:
                 module._parameters[name] = real[0]
     for parameter in peft_model.parameters():
         if not parameter.is_meta and parameter.is_floating_point():
             parameter.data = parameter.data.float()
-    by_module = {part.module: part for part in parts}
+    _tell_parts(peft_model, {part.module: part for part in parts}, folder)
+
+
+def _tell_parts(peft_model: Any, parts: dict[nn.Module, Part], folder: str) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
     for module in peft_model.modules():
         if isinstance(module, ModulesToSaveWrapper):
-            _read_trained(module, by_module, folder)
+            _read_trained(module, parts, folder)
         elif isinstance(module, BaseTunerLayer):
-            if module.get_base_layer() in by_module:
-                by_module[module.get_base_layer()].layers.insert(0, module)
+            if module.get_base_layer() in parts:
+                parts[module.get_base_layer()].layers.insert(0, module)
             _require_whole(module, folder)
-    for part in by_module.values():
+    for part in parts.values():
         for attribute, parameter in part.module._parameters.items():
             if parameter is not None and not parameter.is_meta:
                 part.given[attribute] = parameter.detach()
@@ -603,13 +622,6 @@ def _forget_merge(layer: Any) -> None:
     layer.merged_adapters.clear()
     if hasattr(layer, "_caches"):
         layer._caches.clear()
-
-
-def _compute(value: Tensor, clone: bool = False) -> Tensor:
-    """In float32, if it is a number with a fraction."""
-    if value.is_floating_point() and value.dtype != torch.float32:
-        return value.float()
-    return value.clone() if clone else value
 
 
 def _put(module: nn.Module, attribute: str, value: Tensor) -> None:

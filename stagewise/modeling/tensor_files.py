@@ -24,7 +24,7 @@ DTYPES = {
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # What is compared, copied or cast at once: small enough that memory is used again, and not asked for anew.
-BLOCK_BYTES = 16 * 2**20
+BLOCK_BYTES = 4 * 2**20
 # Tensors that wait to be written may have so many bytes together, beside the one that is being made.
 _WAITING_BYTES = 64 * 2**20
 

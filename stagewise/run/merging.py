@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 from stagewise.errors import InputError, first_line
 from stagewise.modeling.base_tensors import BaseTensors
 from stagewise.modeling.loading import is_reward_model, prepare_scoring
+from stagewise.modeling.model_check import check_fits
 from stagewise.modeling.model_files import local_path
 from stagewise.modeling.model_shape import empty_model, saved_adapter
 from stagewise.modeling.quantization import Quantization, QuantizedTwin, TrainedBase, trained_quantization
@@ -190,6 +191,7 @@ def open_merge(
     parts = parts_of(model)
     tensors = BaseTensors(model, checkpoint, twin, seen_dtype, config.dtype or torch.float32)
     peft_model = saved_adapter(model, "--lora_model", lora_model)
+    check_fits(f"--lora_model {lora_model}", lora_model, peft_model)
     try:
         read_adapter(peft_model, parts, lora_model)
     except (RuntimeError, ValueError) as error:
@@ -282,10 +284,10 @@ def merge(
     Returns:
         The report: proof ("logits", or "weights" for a model that does not let itself be run block by block),
         max_logit_difference, mean_logit_difference and top1_agreement of the sum against base + adapter;
-        adapter_effect (the largest change of a logit that the adapter makes); update_lost, the rms of the cast's rounding error over
-        the rms of the adapter's update, over all adapted weights; merged_onto and quantization, as in Merge; and for
-        weights that were not trained on base_difference, the same three figures against the base that was; under
-        "saved" those of the files. With a proof on weights alone, what is of logits is not there.
+        adapter_effect (the largest change of a logit that the adapter makes); update_lost, the rms of the cast's
+        rounding error over the rms of the adapter's update, over all adapted weights; merged_onto and quantization, as
+        in Merge; and for weights that were not trained on base_difference, the same three figures against the base
+        that was; under "saved" those of the files. With a proof on weights alone, what is of logits is not there.
 
         Base + adapter are as they were trained, quantized or not, unless the adapter is merged onto original weights.
 
@@ -393,7 +395,7 @@ def _judge(report: dict, found: Merge, lora_model: str) -> None:
 def _save_settings(found: Merge, tokenizer, folder: Path) -> None:
     """Everything beside the weights that the base has and a model needs."""
     found.config.save_pretrained(folder)
-    generation = found.stream.model.generation_config
+    generation = getattr(found.stream.model, "generation_config", None)
     if (found.folder / "generation_config.json").is_file():
         shutil.copy2(found.folder / "generation_config.json", folder)
     elif generation is not None and not found.scores:
