@@ -194,6 +194,12 @@ class BaseTensors:
             return self.twin.round(name, value)
         return value
 
+    def give_back(self, name: str, value: Tensor) -> None:
+        """Nobody needs what load gave any more: its memory is read into again."""
+        group = self.groups.get(self.aliases.get(name, name))
+        if group is not None and group.converter is None and self.is_as_stored(name):
+            self.checkpoint.give_back(value)
+
     def rows(self, name: str, start: int, stop: int, original: bool = False) -> Tensor:
         """Some rows of a parameter that is one tensor of the files, as load has them, those that are new included."""
         name = self.aliases.get(name, name)

@@ -28,6 +28,10 @@ logger = logging.getLogger(__name__)
 TRAINED, BASE, ADAPTER, SUM, SAVED = "trained", "base", "adapter", "sum", "saved"
 
 
+# The update and what a cast loses of it are measured in one of so many blocks of rows of a tensor.
+MEASURED = 4
+
+
 @dataclass
 class Part:
     """A module of the base with parameters (or saved buffers) of its own.
@@ -87,9 +91,10 @@ class StreamedMerge:
         self.onto_trained, self.dtype = onto_trained, dtype
         self.update = self.rounding = 0.0
         self.changed = False
-        self.writer: Writer | None = None
+        self._writer: Writer | None = None
         self._part_of = {name: (part, attribute) for part in parts for attribute, name in part.names.items()}
         self._halves: dict[int, dict[str, Tensor]] = {}
+        self._scratch: Tensor | None = None
         self._used: dict[torch.Size, list[Tensor]] = {}  # float32 tensors that nothing needs any more
         self._check_complete()
         self.untied = self._find_untied()
@@ -98,6 +103,11 @@ class StreamedMerge:
         self.variants = [BASE, ADAPTER, SUM] + ([SAVED] if casts else [])
         if self.twin is not None and (rounds_inputs or not onto_trained):
             self.variants.insert(0, TRAINED)
+
+    @property
+    def writer(self) -> Writer:
+        assert self._writer is not None
+        return self._writer
 
     @property
     def twin(self) -> QuantizedTwin | None:
@@ -192,7 +202,7 @@ class StreamedMerge:
             nothing but the cast of float32 to float32 lies between them, the saved ones are those of the sum. {} where
             the model does not let itself be run block by block; all is written then as well.
         """
-        self.writer = writer
+        self._writer = writer
         self.count, self.rows = len(self.variants), len(ids)
         stages, loose = self._stages()
         originals = [(module, module.__dict__.get("forward")) for module in stages]
@@ -342,52 +352,71 @@ class StreamedMerge:
         """Write what the module has become, once; keep: let it go on with what was written."""
         for attribute, name in part.names.items():
             key = self._written_as(name)
-            if not keep and (key is None or self.writer_has(name, key)):
-                continue
-            dtype = self._saved_dtype(name)
-            value = getattr(part.target, attribute).detach()
-            saved = self._cast(part, attribute, value, dtype) if part.changes(attribute) else value.to(dtype)
-            if key is not None and not self.writer_has(name, key):
-                self._write(name, key, saved)
-                if saved is value:
-                    part.lent.add(attribute)
-            if keep and saved is not value and not self._is_exact(part, attribute, dtype):
-                if part.trained is None:
-                    value.copy_(saved)
-                else:
-                    part.kept[attribute] = value
-                    _put(part.target, attribute, saved.to(value.dtype))
+            if key is not None and self.writer_has(name, key):
+                key = None
+            keeps = keep and not self._is_exact(part, attribute)
+            if key is not None or keeps:
+                self._settle_one(part, attribute, key, keeps)
 
-    def _is_exact(self, part: Part, attribute: str, dtype: torch.dtype) -> bool:
+    def _settle_one(self, part: Part, attribute: str, key: str | None, keep: bool) -> None:
+        """A block of rows at a time, which writing needs no more memory for, whatever else is waiting."""
+        name, value = part.names[attribute], getattr(part.target, attribute).detach()
+        dtype, kept = self._saved_dtype(name), value
+        casts = dtype != value.dtype
+        if keep and casts and part.trained is not None:
+            part.kept[attribute] = value
+            kept = value.clone()
+            _put(part.target, attribute, kept)
+        group = self.tensors.groups.get(name)
+        whole = group is not None and group.converter is not None
+        saved = torch.empty_like(value, dtype=dtype) if whole and casts else value
+        for number, (start, stop) in enumerate(row_blocks(value.shape)):
+            rows = (slice(start, stop) if value.dim() else ...,)
+            block = value[rows].to(dtype)
+            if key is not None and part.changes(attribute):
+                self._measure(part, attribute, rows, value[rows], block, number % MEASURED == 0)
+            if key is not None and not whole:
+                self.writer.put(key, block, start)
+            elif casts:
+                saved[rows] = block
+            if keep and casts:
+                kept[rows] = block
+        if key is not None and group is not None and whole:
+            self._write_group(group, name, saved)
+        if key is not None and not casts:
+            part.lent.add(attribute)
+
+    def _measure(self, part: Part, attribute: str, rows: tuple, new: Tensor, saved: Tensor, fully: bool) -> None:
+        """What the adapter has made of some rows, and what the cast has; not fully: that they are numbers."""
+        if not torch.linalg.vector_norm(new).isfinite():
+            raise InputError(f"{part.names[attribute]}: is not finite once merged; is the adapter broken?")
+        if not fully:
+            return
+        before = part.before.get(attribute)
+        update = self._distance(new, before[rows] if before is not None else None)
+        self.changed = self.changed or update > 0
+        if part.layers:
+            self.update += update
+            self.rounding += self._distance(new, saved) if saved.dtype != new.dtype else 0.0
+
+    def _is_exact(self, part: Part, attribute: str) -> bool:
         """Whether a tensor is saved as the file has it."""
         name = part.names[attribute]
-        return not part.changes(attribute) and self._is_unchanged(name) and dtype == self.tensors.dtype_of(name)
+        if part.changes(attribute) or not self._is_unchanged(name):
+            return False
+        return self._saved_dtype(name) == self.tensors.dtype_of(name)
 
     def _is_unchanged(self, name: str) -> bool:
         return not self.onto_trained or self.tensors.is_as_stored(name)
 
-    def _cast(self, part: Part, attribute: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-        """To the data type of the file, a block of rows at a time, and what that costs."""
-        before = part.before.get(attribute)
-        done = self.writer_has(part.names[attribute], self._written_as(part.names[attribute]))
-        if done or not part.changes(attribute):
-            return value.to(dtype)
-        saved = value if dtype == value.dtype else torch.empty_like(value, dtype=dtype)
-        for start, stop in row_blocks(value.shape):
-            rows = (slice(start, stop) if value.dim() else ...,)
-            new = value[rows]
-            if saved is not value:
-                saved[rows] = new.to(dtype)
-            difference = new - before[rows].to(new) if before is not None else new
-            update = torch.linalg.vector_norm(difference).item() ** 2
-            if update != update or update == float("inf"):
-                raise InputError(f"{part.names[attribute]}: is not finite once merged; is the adapter broken?")
-            self.changed = self.changed or update > 0
-            if part.layers:
-                self.update += update
-                if saved is not value:
-                    self.rounding += torch.linalg.vector_norm(saved[rows].float() - new).item() ** 2
-        return saved
+    def _distance(self, one: Tensor, other: Tensor | None) -> float:
+        """The sum of squares of one - other; None is zero. `one` is in float32."""
+        if other is None:
+            return torch.linalg.vector_norm(one).item() ** 2
+        if self._scratch is None or self._scratch.numel() < one.numel():
+            self._scratch = torch.empty(one.numel(), device=self.device)
+        difference = self._scratch[: one.numel()].view(one.shape).copy_(other).sub_(one)
+        return torch.linalg.vector_norm(difference).item() ** 2
 
     def _written_as(self, name: str) -> str | None:
         """The name in the files; None where it is not written, being tied."""
@@ -397,23 +426,18 @@ class StreamedMerge:
         return name if name in self.untied or not self.tensors.holds(name) else None
 
     def writer_has(self, name: str, key: str | None) -> bool:
-        assert self.writer is not None
         if key is None:
             return True
         group = self.tensors.groups.get(name)
         return self.writer.is_whole(key) or (group is not None and name in self._halves.get(id(group), {}))
 
-    def _write(self, name: str, key: str, value: Tensor) -> None:
-        assert self.writer is not None
-        group = self.tensors.groups.get(name)
-        if group is None or group.converter is None:
-            self.writer.put(key, value)
-            return
+    def _write_group(self, group: Group, name: str, value: Tensor) -> None:
+        """Parameters that the files have in another shape wait until those are there that belong to them."""
         halves = self._halves.setdefault(id(group), {})
         halves[name] = value
         if halves.keys() == group.shapes.keys():
-            for file_name, tensor in self.tensors.to_files(halves).items():
-                self.writer.put(file_name, tensor)
+            for key, tensor in self.tensors.to_files(halves).items():
+                self.writer.put(key, tensor)
             halves.clear()
 
     def _release(self, part: Part) -> None:
@@ -422,6 +446,8 @@ class StreamedMerge:
         for attribute, value in part.kept.items():
             _put(part.target, attribute, value)
         part.kept.clear()
+        for attribute, value in part.before.items():
+            self.tensors.give_back(part.names[attribute], value)
         part.before.clear()
         for layer in part.layers:
             _forget_merge(layer)
@@ -433,7 +459,6 @@ class StreamedMerge:
 
     def _finish(self, part: Part) -> None:
         """Write what the proof has not come to."""
-        assert self.writer is not None
         waiting = {name for name in part.names.values() if not self.writer_has(name, self._written_as(name))}
         if not waiting:
             self._release(part)
@@ -468,7 +493,6 @@ class StreamedMerge:
         return any(part.changes(attribute) for part, attribute in found) or bool(self._halves.get(id(group)))
 
     def _copy_unknown(self) -> None:
-        assert self.writer is not None
         for key in self.writer.places:
             if not self.writer.is_whole(key) and key in self.tensors.unknown:
                 dtype = self.tensors.checkpoint.dtype(key)

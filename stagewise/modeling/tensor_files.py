@@ -51,6 +51,7 @@ class Checkpoint:
     def __init__(self, files: Iterable[Path]):
         self.files = list(files)
         self.tensors: dict[str, Stored] = {}
+        self._free: dict[int, list[Tensor]] = {}  # by their bytes
         for path in self.files:
             self.tensors.update(self._look_into(path))
 
@@ -80,11 +81,17 @@ class Checkpoint:
         rows = stored.shape[0] if stored.shape else 1
         stop = rows if stop is None else min(stop, rows)
         row_bytes = stored.size // max(rows, 1)
-        buffer = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
+        size = (stop - start) * row_bytes
+        buffer = self._free[size].pop() if self._free.get(size) else torch.empty(size, dtype=torch.uint8)
         with stored.file.open("rb", buffering=0) as file:
             _read_into(file, buffer, stored.start + start * row_bytes)
         shape = (stop - start, *stored.shape[1:]) if stored.shape else ()
         return buffer.view(dtype).reshape(shape)
+
+    def give_back(self, tensor: Tensor) -> None:
+        """Let a tensor that read gave be overwritten by a later one of its size: fresh memory costs more than that."""
+        data = tensor.reshape(-1).view(torch.uint8)
+        self._free.setdefault(data.numel(), []).append(data)
 
 
 class PickledCheckpoint(Checkpoint):
@@ -109,6 +116,9 @@ class PickledCheckpoint(Checkpoint):
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         tensor = self._open(self.tensors[name].file)[name].detach()
         return (tensor[start:stop] if tensor.dim() else tensor).clone(memory_format=torch.contiguous_format)
+
+    def give_back(self, tensor: Tensor) -> None:
+        pass
 
 
 def _is_zip(path: Path) -> bool:
@@ -170,6 +180,7 @@ class Writer:
             }
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         self._written: Counter[str] = Counter()
+        self._read_back = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
         self._pool = ThreadPoolExecutor(1)
         self._waiting: deque[tuple[Future, int]] = deque()
 
@@ -186,7 +197,7 @@ class Writer:
         assert tensor.shape[1:] == place.shape[1:], name
         assert offset + data.numel() <= place.size, name
         self._written[name] += data.numel()
-        self._waiting.append((self._pool.submit(_write, place, offset, data, name), data.numel()))
+        self._waiting.append((self._pool.submit(_write, place, offset, data, name, self._read_back), data.numel()))
         while sum(size for _, size in self._waiting) > _WAITING_BYTES:
             self._waiting.popleft()[0].result()
 
@@ -221,7 +232,7 @@ def _begin_file(path: Path, layout: Layout) -> dict[str, Stored]:
     }  # fmt: skip
 
 
-def _write(place: Stored, offset: int, data: Tensor, name: str) -> None:
+def _write(place: Stored, offset: int, data: Tensor, name: str, read_back: Tensor) -> None:
     with place.file.open("r+b", buffering=0) as file:
         for start in range(0, data.numel(), BLOCK_BYTES):
             block = data[start : start + BLOCK_BYTES]
@@ -229,7 +240,7 @@ def _write(place: Stored, offset: int, data: Tensor, name: str) -> None:
             view, done = memoryview(block.numpy()), 0
             while done < len(view):
                 done += file.write(view[done:])
-            found = torch.empty_like(block)
+            found = read_back[: len(block)]
             _read_into(file, found, place.start + offset + start)
             if not torch.equal(found, block):
                 raise OSError(f"{place.file}: {name} is not read back as it was written; is the disk sound?")

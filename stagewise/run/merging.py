@@ -48,7 +48,7 @@ MIN_SAVED_AGREEMENT = 0.9
 NEAR_TIE = 0.05
 # The proof is on so many rows of so few tokens, which is what a block multiplies with. Eleven is no number
 # of heads, so that a block's inputs with a size for each row are told from others (StreamedMerge.run).
-PROOF_ROWS, PROOF_TOKENS = 11, 6
+PROOF_ROWS, PROOF_TOKENS = 11, 4
 # Files of weights are not larger, where a quantized base becomes a plain one.
 DEFAULT_SHARD = "5GB"
 # What travels with the weights beside configuration and tokenizer: code that auto_map names, and how images are read.
