@@ -41,7 +41,7 @@ class Part:
     trained: what the adapter has in its place (modules_to_save); None where it keeps it.
     given: tensors that the adapter's files have for it: biases, embeddings that have grown.
     before, kept, lent: while its weights are there, by their names in the module: the base's as they were read, what
-        the adapter has where the saved ones are in its place, and those that are on their way to the disk.
+        the adapter has where the saved ones are in its place, and those that wait to be written.
     """
 
     module: nn.Module
@@ -89,11 +89,13 @@ class StreamedMerge:
                  onto_trained: bool = True, dtype: torch.dtype | None = None):  # fmt: skip
         self.model, self.parts, self.tensors, self.device = model, parts, tensors, device
         self.onto_trained, self.dtype = onto_trained, dtype
+        self.adapters = getattr(model, "peft_config", {})
         self.update = self.rounding = 0.0
         self.changed = False
         self._writer: Writer | None = None
         self._part_of = {name: (part, attribute) for part in parts for attribute, name in part.names.items()}
         self._halves: dict[int, dict[str, Tensor]] = {}
+        self._blind = False  # no logits are going to tell what a weight has become
         self._scratch: Tensor | None = None
         self._used: dict[torch.Size, list[Tensor]] = {}  # float32 tensors that nothing needs any more
         self._check_complete()
@@ -136,10 +138,11 @@ class StreamedMerge:
             return True
         if part.trained is not None and source.trained is not None:
             return _same(getattr(part.trained, attribute), getattr(source.trained, source_attribute))
-        if attribute in part.given and source_attribute in source.given:
-            return _same(part.given[attribute], source.given[source_attribute])
-        layers = {id(layer) for layer in source.layers}
-        return any(id(getattr(layer, "tied_adapter", None)) in layers for layer in part.layers)
+        if part.layers or source.layers:
+            layers = {id(layer) for layer in source.layers}
+            return any(id(getattr(layer, "tied_adapter", None)) in layers for layer in part.layers)
+        given = part.given.get(attribute), source.given.get(source_attribute)
+        return given[0] is not None and given[1] is not None and _same(given[0], given[1])
 
     # What is written.
 
@@ -228,6 +231,7 @@ class StreamedMerge:
                 del module.forward
                 if forward is not None:
                     module.forward = forward
+        self._blind = True
         for part in self.parts:
             self._finish(part)
         self._copy_unknown()
@@ -329,6 +333,8 @@ class StreamedMerge:
             before = part.before.get(attribute)
             value = tensor if given else before if before is not None else torch.zeros(tensor.shape)
             _put(part.module, attribute, self._computed(value))
+        for layer in part.layers if given else ():
+            _take_start(layer, self.adapters)
 
     def _use_quantized(self, part: Part, use: bool) -> None:
         layer = self.twin.layer(part.path) if self.twin is not None else None
@@ -345,7 +351,7 @@ class StreamedMerge:
     @torch.no_grad()
     def _merge(self, part: Part) -> None:
         for layer in part.layers:
-            layer.merge(safe_merge=False)
+            _merge_layer(layer)
 
     @torch.no_grad()
     def _settle(self, part: Part, keep: bool = False) -> None:
@@ -383,12 +389,16 @@ class StreamedMerge:
                 kept[rows] = block
         if key is not None and group is not None and whole:
             self._write_group(group, name, saved)
-        if key is not None and not casts:
+        if key is not None and whole and not casts:
             part.lent.add(attribute)
 
     def _measure(self, part: Part, attribute: str, rows: tuple, new: Tensor, saved: Tensor, fully: bool) -> None:
-        """What the adapter has made of some rows, and what the cast has; not fully: that they are numbers."""
-        if not torch.linalg.vector_norm(new).isfinite():
+        """What the adapter has made of some rows, and what the cast has; not fully: that they are numbers, where no
+        logits would tell.
+        """
+        if not (fully or self._blind):
+            return
+        if not torch.linalg.vector_norm(saved, dtype=torch.float32).isfinite():
             raise InputError(f"{part.names[attribute]}: is not finite once merged; is the adapter broken?")
         if not fully:
             return
@@ -639,6 +649,46 @@ def _enable(part: Part, on: bool) -> None:
         layer.enable_adapters(on)
     if part.wrapper is not None:
         part.wrapper.enable_adapters(on)
+
+
+@torch.no_grad()
+def _take_start(layer: Any, configs: Mapping[str, Any]) -> None:
+    """Let peft change the base where an adapter did not begin at zero: by what it began with (PiSSA, OLoRA, LoftQ)."""
+    for adapter in getattr(layer, "lora_A", ()):
+        start = configs[adapter].init_lora_weights
+        kind = start.partition("_")[0].lower() if isinstance(start, str) else None
+        if kind not in ("pissa", "olora", "loftq"):
+            continue
+        trained = layer.lora_A[adapter].weight.data, layer.lora_B[adapter].weight.data
+        if kind == "pissa":
+            layer.pissa_init(adapter, start)
+        elif kind == "olora":
+            layer.olora_init(adapter)
+        else:
+            layer.loftq_init(adapter, configs[adapter])
+        layer.lora_A[adapter].weight.data, layer.lora_B[adapter].weight.data = trained
+
+
+def _merge_layer(layer: Any) -> None:
+    """peft's merge into the base's weight; of plain LoRA a block of rows at a time, as if each were a layer.
+
+    What peft adds is then made in memory that is used again, which takes half the time of fresh memory.
+    """
+    from peft.tuners.lora import Linear
+
+    if type(layer) is not Linear or layer.lora_variant or layer.fan_in_fan_out or any(layer.lora_bias.values()):
+        layer.merge(safe_merge=False)
+        return
+    ((adapter, lora_b),) = layer.lora_B.items()
+    base = layer.get_base_layer()
+    weight, up = base.weight, lora_b.weight
+    for start, stop in row_blocks(weight.shape):
+        base.weight = nn.Parameter(weight.detach()[start:stop], requires_grad=False)
+        lora_b.weight = nn.Parameter(up.detach()[start:stop], requires_grad=False)
+        layer.merge(safe_merge=False)
+        layer.merged_adapters.clear()
+    base.weight, lora_b.weight = weight, up
+    layer.merged_adapters.append(adapter)
 
 
 def _forget_merge(layer: Any) -> None:

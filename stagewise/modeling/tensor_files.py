@@ -3,12 +3,13 @@
 import json
 import math
 import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from queue import SimpleQueue
 
 import torch
 from torch import Tensor
@@ -25,8 +26,8 @@ DTYPES = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # What is compared, copied or cast at once: small enough that memory is used again, and not asked for anew.
 BLOCK_BYTES = 4 * 2**20
-# Tensors that wait to be written may have so many bytes together, beside the one that is being made.
-_WAITING_BYTES = 64 * 2**20
+# So many blocks may wait to be written.
+_WAITING = 16
 
 
 @dataclass(frozen=True)
@@ -180,31 +181,58 @@ class Writer:
             }
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         self._written: Counter[str] = Counter()
-        self._read_back = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
         self._pool = ThreadPoolExecutor(1)
-        self._waiting: deque[tuple[Future, int]] = deque()
+        # what waits is copied to memory that is used again and again: a thread's frees leave holes that grow and grow
+        self._spare: SimpleQueue[Tensor] = SimpleQueue()
+        for _ in range(_WAITING):
+            self._spare.put(torch.empty(BLOCK_BYTES, dtype=torch.uint8))
+        self._read_back = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
+        self._error: OSError | None = None
 
     def is_whole(self, name: str) -> bool:
         return self._written[name] == self.places[name].size
 
     def put(self, name: str, tensor: Tensor, start_row: int = 0) -> None:
-        """Write a tensor, or rows of it from `start_row` on. It must not be changed afterwards."""
+        """Write a tensor, or rows of it from `start_row` on. Raises OSError where earlier ones could not be."""
         place = self.places[name]
         tensor = tensor.detach().to("cpu").contiguous()
         assert tensor.dtype == DTYPES[place.dtype], f"{name}: {tensor.dtype}, not {place.dtype}"
+        assert tensor.shape[1:] == place.shape[1:], name
         data = tensor.reshape(-1).view(torch.uint8)
         offset = start_row * (place.size // max(place.shape[0], 1)) if place.shape else 0
-        assert tensor.shape[1:] == place.shape[1:], name
         assert offset + data.numel() <= place.size, name
         self._written[name] += data.numel()
-        self._waiting.append((self._pool.submit(_write, place, offset, data, name, self._read_back), data.numel()))
-        while sum(size for _, size in self._waiting) > _WAITING_BYTES:
-            self._waiting.popleft()[0].result()
+        for start in range(0, data.numel(), BLOCK_BYTES):
+            piece = data[start : start + BLOCK_BYTES]
+            buffer = self._spare.get()
+            self._raise()
+            buffer[: len(piece)].copy_(piece)
+            self._pool.submit(self._write, name, place.start + offset + start, buffer, len(piece))
+
+    def _write(self, name: str, start: int, buffer: Tensor, size: int) -> None:
+        place, block, found = self.places[name], buffer[:size], self._read_back[:size]
+        try:
+            with place.file.open("r+b", buffering=0) as file:
+                file.seek(start)
+                view, done = memoryview(block.numpy()), 0
+                while done < len(view):
+                    done += file.write(view[done:])
+                _read_into(file, found, start)
+            if not torch.equal(found, block):
+                raise OSError(f"{place.file}: {name} is not read back as it was written; is the disk sound?")
+        except OSError as error:
+            self._error = self._error or error
+        finally:
+            self._spare.put(buffer)
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
 
     def finish(self) -> None:
         """Wait for the last bytes. Raises OSError where the disk has not taken them."""
-        while self._waiting:
-            self._waiting.popleft()[0].result()
+        self._pool.shutdown()
+        self._raise()
         left = [name for name in self.places if not self.is_whole(name)]
         assert not left, f"not written: {left}"
 
@@ -230,20 +258,6 @@ def _begin_file(path: Path, layout: Layout) -> dict[str, Stored]:
                      bytes_of(dtype, shape))
         for name, (dtype, shape) in layout.items()
     }  # fmt: skip
-
-
-def _write(place: Stored, offset: int, data: Tensor, name: str, read_back: Tensor) -> None:
-    with place.file.open("r+b", buffering=0) as file:
-        for start in range(0, data.numel(), BLOCK_BYTES):
-            block = data[start : start + BLOCK_BYTES]
-            file.seek(place.start + offset + start)
-            view, done = memoryview(block.numpy()), 0
-            while done < len(view):
-                done += file.write(view[done:])
-            found = read_back[: len(block)]
-            _read_into(file, found, place.start + offset + start)
-            if not torch.equal(found, block):
-                raise OSError(f"{place.file}: {name} is not read back as it was written; is the disk sound?")
 
 
 def _read_into(file, buffer: Tensor, start: int) -> None:

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -371,6 +372,11 @@ def _judge(report: dict, found: Merge, lora_model: str) -> None:
     """Raises InputError where the merged model is not base + adapter."""
     if not found.stream.changed or report.get("adapter_effect") == 0:
         raise InputError(f"--lora_model {lora_model}: the adapter changes nothing; was it trained at all?")
+    if not all(math.isfinite(each.get("max_logit_difference", 0.0)) for each in (report, report.get("saved", {}))):
+        raise InputError(
+            f"--dtype {report['dtype']}: logits of the merged model are not finite; is the adapter broken, or are its "
+            "weights too large for the data type?"
+        )
     # in use 8-bit layers round their inputs as well
     rounds = found.onto == "trained" and found.quantization is not None and found.quantization.bits == 8
     wanted = MIN_SAVED_AGREEMENT if rounds else MIN_MERGED_AGREEMENT
