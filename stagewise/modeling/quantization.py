@@ -418,10 +418,11 @@ class QuantizedTwin:
     def __init__(self, model: PreTrainedModel, quantization: Quantization, saved: dict | None = None):
         from transformers.quantizers import AutoHfQuantizer
 
-        self.model, self.bits, self.is_stored = model.eval(), quantization.bits, saved is not None
+        self.model, self.bits, self.is_stored = model, quantization.bits, saved is not None
         config = BitsAndBytesConfig.from_dict(saved) if saved else quantization.config()
         self._quantizer = AutoHfQuantizer.from_config(config, pre_quantized=self.is_stored)
         self._quantizer.preprocess_model(model=model, device_map={"": "cpu"}, dtype=torch.float32)
+        model.eval()  # in training, on the CPU, 8-bit layers do not round their inputs
         self._paths = {name for name, module in model.named_modules() if module in set(quantized_layers(model))}
         if not self._paths:
             raise InputError(f"{type(model).__name__}: has no linear layer that bitsandbytes could quantize")

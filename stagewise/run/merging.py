@@ -199,6 +199,8 @@ def open_merge(
         if isinstance(error, InputError):
             raise
         raise InputError(f"--lora_model {lora_model}: does not fit the base model: {error}") from error
+    except KeyError as error:
+        raise InputError(f"--lora_model {lora_model}: lacks {error}; copy the adapter anew") from error
     except UnpicklingError as error:
         raise unpickling_failed(f"--lora_model {lora_model}", error) from error
     peft_model.eval()
