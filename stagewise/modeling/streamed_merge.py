@@ -198,15 +198,15 @@ class StreamedMerge:
         """Write all tensors, and prove it.
 
         Args:
-            ids: (R, T); T is less than R, so that what a block gets can be told apart by its first size.
+            ids: (R, T); T is less than R, so that what a block gets for each row can be told by its first size.
 
         Returns:
-            By variant the logits (R, T, V), or the scores (R, 1) of a reward model, in float32 on the CPU; where
-            nothing but the cast of float32 to float32 lies between them, the saved ones are those of the sum. {} where
+            By variant the logits (R, T, V), or the scores (R, 1) of a reward model, in float32 on the CPU; of the
+            base those of the first row alone, which show how much the adapter changes. Where nothing but the cast of float32 to float32 lies between them, the saved ones are those of the sum. {} where
             the model does not let itself be run block by block; all is written then as well.
         """
         self._writer = writer
-        self.count, self.rows = len(self.variants), len(ids)
+        self.rows = {variant: 1 if variant == BASE else len(ids) for variant in self.variants}
         stages, loose = self._stages()
         originals = [(module, module.__dict__.get("forward")) for module in stages]
         outputs: dict[str, Tensor] = {}
@@ -217,9 +217,9 @@ class StreamedMerge:
                 run = self._run_whole if self._is_lean(module, parts) else self._run_block
                 module.forward = partial(run, module, parts, module.forward)  # type: ignore[method-assign]
             with torch.no_grad():
-                batch = ids.repeat(self.count, 1).to(self.device)
-                logits = self.model(input_ids=batch, use_cache=False).logits.float()
-            outputs = dict(zip(self.variants, logits.cpu().chunk(self.count), strict=True))
+                batch = torch.cat([ids[:count] for count in self.rows.values()]).to(self.device)
+                logits = self.model(input_ids=batch, use_cache=False).logits.float().cpu()
+            outputs = dict(zip(self.variants, logits.split(list(self.rows.values())), strict=True))
             outputs.setdefault(SAVED, outputs[SUM])
         except (InputError, OSError):
             raise
@@ -265,7 +265,7 @@ class StreamedMerge:
 
     def _run_block(self, module: nn.Module, parts: list[Part], forward: Callable, *args: Any, **kwargs: Any) -> Any:
         """Called in place of a block's forward: each variant of its weights with the rows that are its."""
-        inputs = [self._take(number, (args, kwargs)) for number in range(self.count)]
+        inputs = [self._take(variant, (args, kwargs)) for variant in self.variants]
         whole = _tensors((args, kwargs))
         is_split = any(one is not other for one, other in zip(_tensors(inputs[0]), whole, strict=True))
         outputs = []
@@ -279,17 +279,19 @@ class StreamedMerge:
         finally:
             for part in parts:
                 self._release(part)
-        return _join(outputs) if is_split else _spread(outputs, self.rows)
+        return _join(outputs) if is_split else _spread(outputs, list(self.rows.values()))
 
-    def _take(self, number: int, inputs: Any) -> Any:
+    def _take(self, variant: str, inputs: Any) -> Any:
         """The rows of one variant. What has another first size (a mask for all, positions) belongs to all of them."""
         if isinstance(inputs, Tensor):
-            size = inputs.shape[0] if inputs.dim() else 0
-            return inputs.chunk(self.count)[number] if size and size % (self.count * self.rows) == 0 else inputs
+            size, rows = inputs.shape[0] if inputs.dim() else 0, list(self.rows.values())
+            if not size or size % sum(rows):
+                return inputs
+            return inputs.split([size // sum(rows) * count for count in rows])[self.variants.index(variant)]
         if isinstance(inputs, Mapping):
-            return {key: self._take(number, value) for key, value in inputs.items()}
+            return {key: self._take(variant, value) for key, value in inputs.items()}
         if isinstance(inputs, (tuple, list)):
-            return type(inputs)([self._take(number, value) for value in inputs])
+            return type(inputs)([self._take(variant, value) for value in inputs])
         return inputs
 
     def _enter(self, part: Part, variant: str) -> None:
@@ -376,17 +378,21 @@ class StreamedMerge:
         group = self.tensors.groups.get(name)
         whole = group is not None and group.converter is not None
         saved = torch.empty_like(value, dtype=dtype) if whole and casts else value
+        # LoRA changes all rows, what is trained in another way may change few
+        every = MEASURED if part.layers and all(hasattr(layer, "lora_A") for layer in part.layers) else 1
         for number, (start, stop) in enumerate(row_blocks(value.shape)):
             rows = (slice(start, stop) if value.dim() else ...,)
-            block = value[rows].to(dtype)
+            new = value[rows]
+            sends = key is not None and not whole
+            block = self.writer.block(str(key), new.shape).copy_(new) if sends else new.to(dtype)
             if key is not None and part.changes(attribute):
-                self._measure(part, attribute, rows, value[rows], block, number % MEASURED == 0)
-            if key is not None and not whole:
-                self.writer.put(key, block, start)
-            elif casts:
-                saved[rows] = block
+                self._measure(part, attribute, rows, new, block, number % every == 0)
             if keep and casts:
                 kept[rows] = block
+            if sends:
+                self.writer.send(str(key), block, start)
+            elif casts:
+                saved[rows] = block
         if key is not None and group is not None and whole:
             self._write_group(group, name, saved)
         if key is not None and whole and not casts:
@@ -396,6 +402,7 @@ class StreamedMerge:
         """What the adapter has made of some rows, and what the cast has; not fully: that they are numbers, where no
         logits would tell.
         """
+        fully = fully or (self._blind and not self.changed)
         if not (fully or self._blind):
             return
         if not torch.linalg.vector_norm(saved, dtype=torch.float32).isfinite():
@@ -522,7 +529,8 @@ class StreamedMerge:
         name = parts[0].names["weight"]
         dtype = self._saved_dtype(name)
         cast = SAVED in self.variants and dtype != self.tensors.dtype_of(name)
-        pieces = [*_without_last(inputs, self.count), inputs.chunk(self.count)[-1]] if cast else [inputs]
+        last = len(inputs) // sum(self.rows.values()) * self.rows[SAVED] if cast else 0
+        pieces = [inputs[:-last], inputs[-last:]] if cast else [inputs]
         bias = self.tensors.load(parts[0].names["bias"]).float() if "bias" in parts[0].names else None
         made = []
         for number, piece in enumerate(pieces):
@@ -539,10 +547,6 @@ class StreamedMerge:
     def _read(self, name: str, cast: torch.dtype | None, start: int, stop: int) -> Tensor:
         rows = self.tensors.rows(name, start, stop)
         return (rows if cast is None else rows.to(cast)).to(self.device).float()
-
-
-def _without_last(inputs: Tensor, count: int) -> list[Tensor]:
-    return [inputs[: len(inputs) // count * (count - 1)]]
 
 
 def _look_up(module: nn.Embedding, forward: Callable, ids: Tensor, read: Callable[[int, int], Tensor]) -> Tensor:
@@ -717,14 +721,14 @@ def _tensors(inputs: Any) -> list[Tensor]:
     return [tensor for each in inputs for tensor in _tensors(each)] if isinstance(inputs, (tuple, list)) else []
 
 
-def _spread(outputs: Sequence[Any], rows: int) -> Tensor:
+def _spread(outputs: Sequence[Any], rows: Sequence[int]) -> Tensor:
     """What a module makes of an input that all rows share (positions): one output, or one for each row."""
     first = outputs[0]
     if all(torch.equal(output, first) for output in outputs):
         return first
     if first.shape[0] != 1:
         raise ValueError(f"an output of the shape {tuple(first.shape)} belongs to no rows")
-    return torch.cat([output.expand(rows, *output.shape[1:]) for output in outputs])
+    return torch.cat([output.expand(count, *output.shape[1:]) for output, count in zip(outputs, rows, strict=True)])
 
 
 def _join(outputs: Sequence[Any]) -> Any:

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,6 +187,7 @@ class Writer:
         for _ in range(_WAITING):
             self._spare.put(torch.empty(BLOCK_BYTES, dtype=torch.uint8))
         self._read_back = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
+        self._lent: Tensor | None = None
         self._error: OSError | None = None
 
     def is_whole(self, name: str) -> bool:
@@ -194,9 +195,27 @@ class Writer:
 
     def put(self, name: str, tensor: Tensor, start_row: int = 0) -> None:
         """Write a tensor, or rows of it from `start_row` on. Raises OSError where earlier ones could not be."""
-        place = self.places[name]
         tensor = tensor.detach().to("cpu").contiguous()
-        assert tensor.dtype == DTYPES[place.dtype], f"{name}: {tensor.dtype}, not {place.dtype}"
+        assert tensor.dtype == DTYPES[self.places[name].dtype], f"{name}: {tensor.dtype}"
+        self._send(name, tensor, start_row, None)
+
+    def block(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Memory for rows of a tensor, in its data type, to be filled and given to send."""
+        dtype = DTYPES[self.places[name].dtype]
+        size = bytes_of(dtype, tuple(shape))
+        if size > BLOCK_BYTES:
+            return torch.empty(shape, dtype=dtype)
+        self._lent = self._spare.get()
+        return self._lent[:size].view(dtype).view(shape)
+
+    def send(self, name: str, block: Tensor, start_row: int) -> None:
+        """Write what the last call of block gave. It must not be looked at afterwards."""
+        lent, self._lent = self._lent, None
+        self._send(name, block, start_row, lent)
+
+    def _send(self, name: str, tensor: Tensor, start_row: int, lent: Tensor | None) -> None:
+        self._raise()
+        place = self.places[name]
         assert tensor.shape[1:] == place.shape[1:], name
         data = tensor.reshape(-1).view(torch.uint8)
         offset = start_row * (place.size // max(place.shape[0], 1)) if place.shape else 0
@@ -204,9 +223,10 @@ class Writer:
         self._written[name] += data.numel()
         for start in range(0, data.numel(), BLOCK_BYTES):
             piece = data[start : start + BLOCK_BYTES]
-            buffer = self._spare.get()
-            self._raise()
-            buffer[: len(piece)].copy_(piece)
+            buffer = lent
+            if buffer is None:
+                buffer = self._spare.get()
+                buffer[: len(piece)].copy_(piece)
             self._pool.submit(self._write, name, place.start + offset + start, buffer, len(piece))
 
     def _write(self, name: str, start: int, buffer: Tensor, size: int) -> None:
