@@ -331,6 +331,20 @@ def test_a_model_that_looks_at_its_weights_in_ways_of_its_own_is_proven_by_them(
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+def test_blocks_that_are_large_beside_the_files_are_not_run(tokenizer, tmp_path, monkeypatch, caplog):
+    base = make_base(tmp_path / "base", tokenizer, tiny_model("llama", vocab_size=VOCABULARY), "5KB")
+    adapter = make_adapter(tmp_path / "adapter", base, **LINEAR)
+    monkeypatch.setattr("stagewise.modeling.streamed_merge.SMALL_BLOCK", 0)
+    report = merge(base, adapter, tmp_path / "merged")
+    assert report["proof"] == "logits"  # the embedding is 80 KB, and a file of its own
+    wide = {"vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 512}
+    base = make_base(tmp_path / "wide", tokenizer, tiny_model("llama", **wide), "5KB")
+    adapter = make_adapter(tmp_path / "wide adapter", base, **LINEAR)
+    assert merge(base, adapter, tmp_path / "wide merged")["proof"] == "weights"
+    assert "a block has" in caplog.text
+    assert difference_to_adapter(base, adapter, tmp_path / "wide merged") < 1e-3
+
+
 def test_a_disk_that_does_not_keep_what_it_takes_is_found_and_leaves_nothing(tokenizer, tmp_path, monkeypatch):
     from stagewise.modeling import tensor_files
 

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 TRAINED, BASE, ADAPTER, SUM, SAVED = "trained", "base", "adapter", "sum", "saved"
 
 
+# Blocks of so many bytes in float32 are run whatever the files of the base are like.
+SMALL_BLOCK = 4 * 2**30
 # The update and what a cast loses of it are measured in one of so many blocks of rows of a tensor.
 MEASURED = 4
 
@@ -202,8 +204,9 @@ class StreamedMerge:
 
         Returns:
             By variant the logits (R, T, V), or the scores (R, 1) of a reward model, in float32 on the CPU; of the
-            base those of the first row alone, which show how much the adapter changes. Where nothing but the cast of float32 to float32 lies between them, the saved ones are those of the sum. {} where
-            the model does not let itself be run block by block; all is written then as well.
+            base those of the first row alone, which show how much the adapter changes. Where nothing but the cast of
+            float32 to float32 lies between them, the saved ones are those of the sum. {} where the model does not let
+            itself be run block by block; all is written then as well.
         """
         self._writer = writer
         self.rows = {variant: 1 if variant == BASE else len(ids) for variant in self.variants}
@@ -213,6 +216,7 @@ class StreamedMerge:
         for part in loose:
             self._load(part)
         try:
+            self._check_room(stages)
             for module, parts in stages.items():
                 run = self._run_whole if self._is_lean(module, parts) else self._run_block
                 module.forward = partial(run, module, parts, module.forward)  # type: ignore[method-assign]
@@ -228,7 +232,7 @@ class StreamedMerge:
                            type(self.model).__name__, type(error).__name__, error)  # fmt: skip
         finally:
             for module, forward in originals:
-                del module.forward
+                module.__dict__.pop("forward", None)
                 if forward is not None:
                     module.forward = forward
         self._blind = True
@@ -237,6 +241,22 @@ class StreamedMerge:
         self._copy_unknown()
         writer.finish()
         return outputs
+
+    def _check_room(self, stages: dict[nn.Module, list[Part]]) -> None:
+        """Raises ValueError where a block in float32 is more than two files of the base, and not small either."""
+        numbers = {
+            module: sum(torch.Size(self._shape(name)).numel() for part in parts for name in part.names.values())
+            for module, parts in stages.items()
+            if not self._is_lean(module, parts)
+        }
+        sizes: dict[Any, int] = {}
+        for stored in self.tensors.checkpoint.tensors.values():
+            sizes[stored.file] = sizes.get(stored.file, 0) + stored.size
+        needed, room = 4 * max(numbers.values(), default=0), max(2 * max(sizes.values()), SMALL_BLOCK)
+        if needed > room:
+            raise ValueError(
+                f"a block has {needed / 2**30:.1f} GiB in float32, two files of the base {room / 2**30:.1f}"
+            )
 
     def _stages(self) -> tuple[dict[nn.Module, list[Part]], list[Part]]:
         """The modules that are called with all their weights in memory, and parts that always are."""

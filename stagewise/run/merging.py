@@ -48,7 +48,8 @@ MIN_SAVED_AGREEMENT = 0.9
 # Scores of two prompts that are this close, as a share of the range of all, may change places when they are rounded.
 NEAR_TIE = 0.05
 # The proof is on so many rows of so few tokens, which is what a block multiplies with. No model has as many heads as
-# these make rows (23, 34 or 45, see StreamedMerge), so that a block's inputs with a size for each row are told from others (StreamedMerge.run).
+# the variants make rows (23, 34 or 45, see StreamedMerge), so that inputs of a block with something for each row are
+# told from others.
 PROOF_ROWS, PROOF_TOKENS = 11, 4
 # Files of weights are not larger, where a quantized base becomes a plain one.
 DEFAULT_SHARD = "5GB"
@@ -287,10 +288,11 @@ def merge(
     Returns:
         The report: proof ("logits", or "weights" for a model that does not let itself be run block by block),
         max_logit_difference, mean_logit_difference and top1_agreement of the sum against base + adapter;
-        adapter_effect (the largest change of a logit of the first row that the adapter makes); update_lost, the rms of the cast's
-        rounding error over the rms of the adapter's update, over all adapted weights; merged_onto and quantization, as
-        in Merge; and for weights that were not trained on base_difference, the same three figures against the base
-        that was; under "saved" those of the files. With a proof on weights alone, what is of logits is not there.
+        adapter_effect (the largest change of a logit of the first row that the adapter makes); update_lost, the rms of
+        the cast's rounding error over the rms of the adapter's update, over the adapted weights; merged_onto and
+        quantization, as in Merge; and for weights that were not trained on base_difference, the same three figures
+        against the base that was; under "saved" those of the files. With a proof on weights alone, what is
+        of logits is not there.
 
         Base + adapter are as they were trained, quantized or not, unless the adapter is merged onto original weights.
 
