@@ -443,6 +443,16 @@ def test_gpt2_quantized_by_training_merges_onto_what_it_saw(tokenizer, tmp_path)
     torch.testing.assert_close(tensors(tmp_path / "merged")[name], seen + update, rtol=1e-5, atol=1e-6)
 
 
+def test_names_of_libraries_that_merging_leans_on():
+    """Private ones: without them an adapter would be moved to the meta device, or files written as modules have them."""
+    from peft.tuners.lora import LoraLayer
+    from transformers.core_model_loading import revert_weight_conversion
+
+    assert callable(LoraLayer._move_adapter_to_device_of_base_layer)
+    assert "_caches" in LoraLayer.__init__.__code__.co_names
+    assert "_weight_conversions" in revert_weight_conversion.__code__.co_consts
+
+
 def test_the_device_is_the_cpu_unless_another_is_named():
     from stagewise.run.merging import named_device
 

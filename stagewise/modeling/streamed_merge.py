@@ -213,6 +213,7 @@ class StreamedMerge:
         stages, loose = self._stages()
         originals = [(module, module.__dict__.get("forward")) for module in stages]
         outputs: dict[str, Tensor] = {}
+        self._move()
         for part in loose:
             self._load(part)
         try:
@@ -241,6 +242,16 @@ class StreamedMerge:
         self._copy_unknown()
         writer.finish()
         return outputs
+
+    def _move(self) -> None:
+        """The adapter, and what the model has made itself, to where the arithmetic is."""
+        for module in self.model.modules():
+            for parameter in module._parameters.values():
+                if parameter is not None and not parameter.is_meta:
+                    parameter.data = parameter.data.to(self.device)
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(self.device)
 
     def _check_room(self, stages: dict[nn.Module, list[Part]]) -> None:
         """Raises ValueError where a block in float32 is more than two files of the base, and not small either."""
