@@ -34,10 +34,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="for an adapter trained on a quantized base: trained is the values that training saw, dequantized "
         "(exact); original the weights that were quantized (the report says what differs)",
     )  # fmt: skip
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     parser.add_argument(
-        "--max_shard_size", type=_size, default="5GB", help="of a file of weights, such as 5GB or 500MB"
-    )
+        "--device", default="auto",
+        help="of the arithmetic, a block of layers at a time: cpu, cuda, cuda:1 ...; auto is the CPU",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max_shard_size", type=_size,
+        help="of a file of weights, such as 5GB or 500MB; unset: the weights stay in the files that the base has",
+    )  # fmt: skip
     parser.add_argument("--trust_remote_code", type=boolean, nargs="?", const=True, default=False)
     parser.add_argument(
         "--allow_pickle", type=boolean, nargs="?", const=True, default=False,
@@ -57,20 +61,14 @@ def main(argv: list[str] | None = None) -> dict:
 
     merging.check_paths(args.base_model, args.lora_model, args.output_dir, args.overwrite)
     preflight.check_merge(args)
-    device = merging.choose_device(args.device)
     tokenizer = merging.load_merge_tokenizer(
         args.tokenizer_path, args.lora_model, args.base_model, args.trust_remote_code
     )
-    preflight.check_pair(args.base_model, args.lora_model, tokenizer, args.trust_remote_code)
-    base = merging.load_base(
-        args.base_model, args.lora_model, tokenizer, device, args.trust_remote_code, args.merge_onto, args.allow_pickle
-    )
-    dtype = merging.named_dtype(base.dtype if args.dtype == "auto" else args.dtype)
-    merged, adapter_outputs, report = merging.merge(base, args.lora_model, tokenizer, dtype)
-    report = merging.save_merged(
-        merged, tokenizer, args.output_dir, dtype, args.max_shard_size, adapter_outputs, report,
-        base_model=args.base_model, lora_model=args.lora_model,
+    found = merging.open_merge(
+        args.base_model, args.lora_model, tokenizer, merging.named_device(args.device), args.trust_remote_code,
+        args.merge_onto, args.allow_pickle, None if args.dtype == "auto" else merging.named_dtype(args.dtype),
     )  # fmt: skip
+    report = merging.merge(found, tokenizer, args.output_dir, args.base_model, args.lora_model, args.max_shard_size)
     if "base_difference" in report:
         difference = report["base_difference"]
         print(
@@ -80,11 +78,15 @@ def main(argv: list[str] | None = None) -> dict:
         )
     if args.push_to_hub:
         merging.push(args.output_dir, args.push_to_hub, args.hf_hub_token)
+    lost = f"update lost to rounding {report['update_lost']:.1%}"
+    if report["proof"] == "weights":
+        print(f"merged into {args.output_dir} ({report['dtype']}), proven on weights alone: {lost}")
+        return report
     print(
         f"merged into {args.output_dir} ({report['dtype']}): max |logit difference| "
         f"{report['max_logit_difference']:.1e} of {report['adapter_effect']:.2f} that the adapter makes, "
         f"{report['saved']['max_logit_difference']:.1e} after saving; top-1 agreement "
-        f"{report['saved']['top1_agreement']:.1%}; update lost to rounding {report['update_lost']:.1%}"
+        f"{report['saved']['top1_agreement']:.1%}; {lost}"
     )
     return report
 

@@ -16,7 +16,7 @@ from stagewise.modeling.generation import load_for_inference
 from stagewise.modeling.loading import load_causal_lm, load_reward_model, load_tokenizer
 from stagewise.modeling.lora import attach_adapter
 from stagewise.modeling.quantization import Quantization, plan_quantization, quantization_of, quantized_layers
-from stagewise.run.merging import PROMPTS
+from stagewise.run.merging import proof_rows
 from tests.stages import assert_same_weights, losses, run_pt, run_rm, run_sft, weights
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -347,7 +347,7 @@ def trained_logits(model_dir: str, adapter: Path, dtype: str = "bfloat16") -> li
 
 @torch.no_grad()
 def logits(model, tokenizer) -> list[torch.Tensor]:
-    return [model(torch.tensor([tokenizer(text)["input_ids"]])).logits for text in PROMPTS]
+    return [model(row[None]).logits for row in proof_rows(tokenizer)]
 
 
 def largest_difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:

@@ -4,7 +4,7 @@ import copy
 import json
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -107,8 +107,12 @@ def empty_model(
     scores: bool = False,
     trust_remote_code: bool = False,
     kernel: str | None = None,
+    on_meta: bool = True,
 ) -> Any:
-    """The model of a configuration without its weights; see read_shape. kernel: of attention, as it is asked for."""
+    """The model of a configuration without its weights; see read_shape.
+
+    kernel: of attention, as it is asked for. on_meta: off for a caller that sees to it that weights are not made.
+    """
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.vocab_size = max(text.vocab_size, vocab_size or 0)
@@ -118,7 +122,7 @@ def empty_model(
     if hasattr(config, "quantization_config"):  # a saved quantized checkpoint: its layers are counted as they are used
         del config.quantization_config
     attention = {"attn_implementation": kernel} if kernel else {}
-    with torch.device("meta"), _without_zero_init():
+    with torch.device("meta") if on_meta else nullcontext(), _without_zero_init():
         return auto_class.from_config(config, trust_remote_code=trust_remote_code, **attention)
 
 

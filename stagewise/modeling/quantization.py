@@ -21,6 +21,7 @@ from accelerate import PartialState
 from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.pytorch_utils import Conv1D
 
 from stagewise.arguments import LoraArguments, ModelArguments
 from stagewise.distributed import uses_fsdp
@@ -302,6 +303,21 @@ class TrainedBase:
         return f"{self.quantization} weights" if self.quantization else "weights that were not quantized"
 
 
+def trained_quantization(name: str, saved_config: Any, adapter: str | None) -> Quantization | None:
+    """How the base of an adapter was quantized in training: by the run, or as it is saved.
+
+    Raises:
+        InputError: the base is saved quantized in another way than it was trained on, or bitsandbytes is missing.
+    """
+    trained, saved = TrainedBase.of(adapter), Quantization.of_config(saved_config)
+    if saved and trained.differs_from(saved):
+        raise InputError(f"{name}: is saved as {saved}, and {adapter} was trained on {trained}; give the base of that")
+    quantization = saved or trained.quantization
+    if quantization is not None:
+        require_bitsandbytes(f"{name} ({quantization})")
+    return quantization
+
+
 def load_trained_base(
     auto_class,
     name: str,
@@ -324,13 +340,9 @@ def load_trained_base(
         InputError: the base is saved quantized in another way than it was trained on, or bitsandbytes is missing.
     """
     trained = TrainedBase.of(adapter)
-    saved = Quantization.of_config(getattr(config, "quantization_config", None))
-    if saved and trained.differs_from(saved):
-        raise InputError(f"{name}: is saved as {saved}, and {adapter} was trained on {trained}; give the base of that")
-    quantization = saved or trained.quantization
+    quantization = trained_quantization(name, getattr(config, "quantization_config", None), adapter)
     options: dict[str, Any] = {"dtype": dtype}
     if quantization is not None:
-        require_bitsandbytes(f"{name} ({quantization})")
         options = {"dtype": trained.dtype, **loading_options(config, quantization, device)}
     try:
         model = auto_class.from_pretrained(
@@ -356,15 +368,6 @@ def cast_unquantized(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if type(parameter) is nn.Parameter and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-
-
-def dequantize(model: PreTrainedModel) -> PreTrainedModel:
-    """A plain model with the values that the quantized layers stand for, in the data type they compute in."""
-    plain = model.dequantize(dtype=model.dtype)
-    plain.is_loaded_in_4bit = plain.is_loaded_in_8bit = False
-    # how it was read from the file, which saving would undo; of packed weights it cannot
-    plain._weight_conversions = None
-    return plain
 
 
 def _log_layers(model: PreTrainedModel) -> None:
@@ -394,3 +397,74 @@ def _log_layers(model: PreTrainedModel) -> None:
             "%s: several layers in one parameter, which bitsandbytes does not quantize (it takes linear layers)",
             ", ".join(sorted(fused)),
         )
+
+
+class QuantizedTwin:
+    """A model's quantized layers without their weights: says what bitsandbytes makes of a weight, one at a time.
+
+    Args:
+        model: on the meta device; its linear layers are replaced.
+        saved: quantization_config of a checkpoint that is saved quantized; None where `quantization` is of training.
+    """
+
+    def __init__(self, model: PreTrainedModel, quantization: Quantization, saved: dict | None = None):
+        from transformers.quantizers import AutoHfQuantizer
+
+        self.model, self.bits, self.is_stored = model, quantization.bits, saved is not None
+        config = BitsAndBytesConfig.from_dict(saved) if saved else quantization.config()
+        self._quantizer = AutoHfQuantizer.from_config(config, pre_quantized=self.is_stored)
+        self._quantizer.preprocess_model(model=model, device_map={"": "cpu"}, dtype=torch.float32)
+        model.eval()  # in training, on the CPU, 8-bit layers do not round their inputs
+        self._paths = {name for name, module in model.named_modules() if module in set(quantized_layers(model))}
+        if not self._paths:
+            raise InputError(f"{type(model).__name__}: has no linear layer that bitsandbytes could quantize")
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # as in settle_quantized
+
+    def quantizes(self, name: str) -> bool:
+        """Whether a parameter is the weight of a quantized layer."""
+        path, _, kind = name.rpartition(".")
+        return kind == "weight" and path in self._paths
+
+    def packed_weight(self, key: str) -> str | None:
+        """The weight that a tensor of a file unpacks (its scales and the like); None where it is none of those."""
+        if not self.is_stored:
+            return None
+        for ending in self._quantizer.serialized_names["weight"]:
+            if ending != "weight" and key.endswith(f".{ending}"):
+                return f"{key.removesuffix(f'.{ending}')}.weight"
+        return None
+
+    def round(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """The values in float32 that the quantized weight stands for; the layer's own are set for layer()."""
+        made = self._quantizer.get_quantize_ops().convert({name: value}, model=self.model, full_layer_name=name)
+        return self._dequantized(name, made[name])
+
+    def unpack(self, name: str, tensors: dict[str, torch.Tensor], weight: str) -> torch.Tensor:
+        """As round, from the tensors that a quantized layer was saved as."""
+        stem = weight.removesuffix("weight")
+        read = {key.removeprefix(stem): [tensor] for key, tensor in tensors.items()}
+        operation = self._quantizer.get_load_operations()["deserialize"](self._quantizer)
+        made = operation.convert(read, model=self.model, full_layer_name=name)
+        return self._dequantized(name, made["weight"])
+
+    def _dequantized(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+        layer = self.model.get_submodule(name.rpartition(".")[0])
+        if self.bits == 4:
+            weight.quant_state.dtype = torch.float32
+            value = dequantize_bnb_weight(weight)
+        else:
+            layer.weight, layer.state.SCB = weight, None
+            value = dequantize_bnb_weight(layer.weight, layer.state).float()
+        return value.T.contiguous() if issubclass(layer.source_cls, Conv1D) else value
+
+    def layer(self, path: str) -> nn.Module | None:
+        """The 8-bit layer, whose inputs are rounded too, with the weight that it was given last; None for others."""
+        return self.model.get_submodule(path) if self.bits == 8 and path in self._paths else None
+
+    def forget(self, path: str) -> None:
+        """Let go of the weight that a layer was given."""
+        layer = self.layer(path)
+        if layer is not None:
+            layer.weight, layer.state.SCB = layer.weight.to("meta"), None

@@ -1,36 +1,41 @@
 """Merge an adapter into its base, measured: what the sum changes, what rounding costs, what a reload gives."""
 
+import copy
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from torch import Tensor
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from stagewise.errors import InputError, first_line
-from stagewise.modeling.loading import fit_embedding, prepare_scoring
-from stagewise.modeling.quantization import (
-    Quantization,
-    TrainedBase,
-    dequantize,
-    is_quantized,
-    load_trained_base,
-    quantization_of,
-)
+from stagewise.modeling.base_tensors import BaseTensors
+from stagewise.modeling.loading import is_reward_model, prepare_scoring
+from stagewise.modeling.model_check import check_fits
+from stagewise.modeling.model_files import local_path
+from stagewise.modeling.model_shape import empty_model, saved_adapter
+from stagewise.modeling.quantization import Quantization, QuantizedTwin, TrainedBase, trained_quantization
 from stagewise.modeling.rope_scaling import config_of_adapter
-from stagewise.modeling.untrusted import check_links, read_config
+from stagewise.modeling.streamed_merge import (
+    ADAPTER,
+    BASE,
+    SAVED,
+    SUM,
+    TRAINED,
+    StreamedMerge,
+    parts_of,
+    read_adapter,
+)
+from stagewise.modeling.tensor_files import Layout, Writer, open_checkpoint, split_layout
+from stagewise.modeling.untrusted import check_links, read_config, unpickling_failed
 from stagewise.run import lineage
 
 logger = logging.getLogger(__name__)
@@ -42,6 +47,14 @@ MIN_MERGED_AGREEMENT = 0.99
 MIN_SAVED_AGREEMENT = 0.9
 # Scores of two prompts that are this close, as a share of the range of all, may change places when they are rounded.
 NEAR_TIE = 0.05
+# The proof is on so many rows of so few tokens, which is what a block multiplies with. No model has as many heads as
+# the variants make rows (23, 34 or 45, see StreamedMerge), so that inputs of a block with something for each row are
+# told from others.
+PROOF_ROWS, PROOF_TOKENS = 11, 4
+# Files of weights are not larger, where a quantized base becomes a plain one.
+DEFAULT_SHARD = "5GB"
+# What travels with the weights beside configuration and tokenizer: code that auto_map names, and how images are read.
+COPIED = ("*.py", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 # Short texts of several kinds; what they say does not matter, both models get the same ids.
 PROMPTS = (
     "The heart pumps blood through the body.",
@@ -77,6 +90,11 @@ def choose_device(name: str) -> torch.device:
     if name != "auto":
         return torch.device(name)
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def named_device(name: str) -> torch.device:
+    """What a merge is computed on; `auto` is the CPU, where it is as fast as the disk."""
+    return torch.device("cpu" if name == "auto" else name)
 
 
 def named_dtype(name: str) -> torch.dtype:
@@ -116,24 +134,23 @@ def _tokenizer(path: str, trust_remote_code: bool):
 
 
 @dataclass
-class MergeBase:
-    """What an adapter is merged into.
+class Merge:
+    """An adapter on its base, read so far that what fits is known, and no weights of the base.
 
-    model: in float32, nothing of it quantized, with the head that the adapter was trained for.
-    dtype: name of the checkpoint's own data type.
+    config: of the merged model, but for what the sum will change in it.
     quantization: of the base that the adapter was trained on; None where that was not quantized.
-    trained_outputs: outputs of that quantized base with the adapter on it, for the proof's prompts.
     onto: "trained" (the values that training saw) or "original" (those that were quantized).
     """
 
-    model: PreTrainedModel
-    dtype: str
-    quantization: Quantization | None = None
-    trained_outputs: list[Tensor] | None = None
-    onto: str = "trained"
+    stream: StreamedMerge
+    config: PretrainedConfig
+    folder: Path
+    scores: bool
+    quantization: Quantization | None
+    onto: str
 
 
-def load_base(
+def open_merge(
     base_model: str,
     lora_model: str,
     tokenizer,
@@ -141,50 +158,104 @@ def load_base(
     trust_remote_code: bool,
     onto: str = "trained",
     allow_pickle: bool = False,
-) -> MergeBase:
-    """The base model in float32, with the RoPE scaling that the adapter was trained with.
+    dtype: torch.dtype | None = None,
+) -> Merge:
+    """Put the adapter on an empty copy of the base, scaled as it was trained, and find the base's tensors.
 
-    Where the adapter was trained on a quantized base, that base is made again, with the adapter on it gives the
-    outputs that the merged model must have, and is then dequantized: the very values that training saw. With `onto`
-    "original" it gives way to the checkpoint's own values.
+    Where the adapter was trained on a quantized base, its weights are quantized again as they are read, and stand for
+    the very values that training saw; with `onto` "original" those only show what they differ by.
 
     Raises:
-        InputError: the base cannot be loaded, is not what the adapter was trained on, cannot be scaled as the
+        InputError: the base cannot be read, is not what the adapter was trained on, cannot be scaled as the
             adapter's stage.json says, or is saved quantized, so that there are no original values.
     """
-    adapter_config = json.loads((Path(lora_model) / "adapter_config.json").read_text())
-    scores = adapter_config.get("task_type") == "SEQ_CLS"
-    auto_class = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-
-    def load(config: PretrainedConfig, adapter: str | None) -> PreTrainedModel:
-        model = load_trained_base(
-            auto_class, base_model, config, adapter, "float32", device, trust_remote_code, allow_pickle
-        )
-        fit_embedding(model, tokenizer)
-        if scores:
-            prepare_scoring(model, tokenizer)
-        return (model if is_quantized(model) else model.to(device)).eval()
-
+    scores = is_reward_model(lora_model)
     try:
         config = read_config(f"--base_model {base_model}", base_model, trust_remote_code=trust_remote_code)
         config = config_of_adapter(config, lora_model)
-        if scores:
-            config.num_labels = 1
-        _check_saved(base_model, getattr(config, "quantization_config", None), onto)
-        dtype = str(config.dtype or torch.float32).removeprefix("torch.")
-        model = load(config, lora_model)
-        if not is_quantized(model):
-            return MergeBase(model, dtype, onto=onto)
-        quantization = TrainedBase.of(lora_model).quantization or quantization_of(model)
-        logger.info("the adapter was trained on %s weights: %s", quantization, _WHICH[onto])
-        peft_model = _with_adapter(model, lora_model)
-        trained_outputs = outputs_of(peft_model, prompt_ids(tokenizer))
-        model = dequantize(peft_model.unload()) if onto == "trained" else load(config, None)
+        saved = getattr(config, "quantization_config", None)
+        _check_saved(base_model, saved, onto)
+        trained = trained_quantization(base_model, saved, lora_model)
+        folder = base_folder(base_model, allow_pickle)
+        checkpoint = open_checkpoint(folder)
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"--base_model {base_model}: {error}") from error
-    return MergeBase(model, dtype, quantization, trained_outputs, onto)
+    model = _empty_base(config, tokenizer, scores, trust_remote_code)
+    twin, seen = None, None
+    if trained is not None:
+        logger.info("the adapter was trained on %s weights: %s", trained, _WHICH[onto])
+        copy_of_it = empty_model(config, len(tokenizer), scores, trust_remote_code)
+        twin = QuantizedTwin(copy_of_it, trained, _as_dict(saved))
+        seen = TrainedBase.of(lora_model).dtype
+    seen_dtype = None if seen in (None, "auto") or saved else named_dtype(seen)
+    parts = parts_of(model)
+    tensors = BaseTensors(model, checkpoint, twin, seen_dtype, config.dtype or torch.float32)
+    peft_model = saved_adapter(model, "--lora_model", lora_model)
+    check_fits(f"--lora_model {lora_model}", lora_model, peft_model)
+    try:
+        read_adapter(peft_model, parts, lora_model)
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"--lora_model {lora_model}: does not fit the base model: {error}") from error
+    except KeyError as error:
+        raise InputError(f"--lora_model {lora_model}: lacks {error}; copy the adapter anew") from error
+    except UnpicklingError as error:
+        raise unpickling_failed(f"--lora_model {lora_model}", error) from error
+    peft_model.eval()
+    stream = StreamedMerge(model, parts, tensors, device, onto == "trained", dtype)
+    return Merge(stream, _merged_config(config, model, stream, scores), folder, scores, trained, onto)
+
+
+def base_folder(base_model: str, allow_pickle: bool = False) -> Path:
+    """Where the base's files are; those of a name on the hub are fetched."""
+    path = local_path("--base_model", base_model)
+    if path is not None:
+        return path
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.json", "*.py", "*.jinja"] + (["*.bin"] if allow_pickle else [])
+    return Path(snapshot_download(base_model, allow_patterns=patterns, ignore_patterns=["*/*"]))
+
+
+def _as_dict(saved: Any) -> dict | None:
+    return saved if saved is None or isinstance(saved, dict) else saved.to_dict()
+
+
+def _empty_base(config: PretrainedConfig, tokenizer, scores: bool, trust_remote_code: bool) -> PreTrainedModel:
+    """The model without weights, but with the tensors that it makes itself, such as rotary frequencies."""
+    from accelerate import init_empty_weights
+
+    rows = config.get_text_config().vocab_size
+    if len(tokenizer) > rows:
+        logger.info("embedding: %d rows grow to %d for the vocabulary", rows, len(tokenizer))
+    with init_empty_weights(include_buffers=False):
+        model = empty_model(config, len(tokenizer), scores, trust_remote_code, on_meta=False)
+    model.tie_weights()
+    if scores:
+        prepare_scoring(model, tokenizer)
+    return model.eval()
+
+
+def _merged_config(config: PretrainedConfig, model: PreTrainedModel, stream: StreamedMerge, scores: bool):
+    """The base's configuration, with what the merge has changed."""
+    config = copy.deepcopy(config)
+    text, made = config.get_text_config(), model.config.get_text_config()
+    text.vocab_size = made.vocab_size
+    if stream.untied:
+        config.tie_word_embeddings = text.tie_word_embeddings = False
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = stream.dtype or stream.tensors.main_dtype()
+    if scores:
+        config.num_labels = 1
+        config.architectures = [type(model).__name__]
+        text.pad_token_id = config.pad_token_id = made.pad_token_id
+    elif not config.architectures:
+        config.architectures = [type(model).__name__]
+    return config
 
 
 _WHICH = {
@@ -206,134 +277,54 @@ def _check_saved(base_model: str, saved: dict | None, onto: str) -> None:
         )
 
 
-def _with_adapter(model: PreTrainedModel, lora_model: str):
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(model, lora_model).eval()
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"--lora_model {lora_model}: does not fit the base model: {error}") from error
-
-
-def merge(base: MergeBase, lora_model: str, tokenizer, dtype: torch.dtype) -> tuple[nn.Module, list[Tensor], dict]:
-    """Add the adapter's update to the weights in float32, and compare with base + adapter.
+def merge(
+    found: Merge, tokenizer, output_dir: str, base_model: str, lora_model: str, max_shard_size: str | None = None
+) -> dict:
+    """Add the adapter's update to the weights in float32, cast, and write beside output_dir; compare; move into place.
 
     Args:
-        dtype: what the weights will be saved in; update_lost is the rms of that cast's rounding error over the rms of
-            the adapter's update, over all adapted weights.
+        max_shard_size: such as "5GB"; None leaves the weights in the files that they had in the base.
 
     Returns:
-        The merged model (no adapter left in it), the outputs of base + adapter, and the first half of the report:
-        max_logit_difference, mean_logit_difference, top1_agreement, adapter_effect (the largest change of a logit that
-        the adapter makes) and update_lost; merged_onto and quantization, as in MergeBase; and for weights that were
-        not trained on base_difference, the same three figures against the base that was.
+        The report: proof ("logits", or "weights" for a model that does not let itself be run block by block),
+        max_logit_difference, mean_logit_difference and top1_agreement of the sum against base + adapter;
+        adapter_effect (the largest change of a logit of the first row that the adapter makes); update_lost, the rms of
+        the cast's rounding error over the rms of the adapter's update, over the adapted weights; merged_onto and
+        quantization, as in Merge; and for weights that were not trained on base_difference, the same three figures
+        against the base that was; under "saved" those of the files. With a proof on weights alone, what is
+        of logits is not there.
 
         Base + adapter are as they were trained, quantized or not, unless the adapter is merged onto original weights.
 
     Raises:
-        InputError: the adapter does not fit the base, changes nothing, or the sum is not base + adapter.
+        InputError: the adapter does not fit the base, changes nothing, the sum is not base + adapter, or the saved
+            model's greedy choices agree with base + adapter in less than MIN_SAVED_AGREEMENT of the positions;
+            nothing is left behind then.
     """
-    ids = prompt_ids(tokenizer)
-    base_outputs = outputs_of(base.model, ids)
-    peft_model = _with_adapter(base.model, lora_model)
-    adapter_outputs = outputs_of(peft_model, ids)
-    effect = max((a - b).abs().max().item() for a, b in zip(adapter_outputs, base_outputs, strict=True))
-    if effect == 0:
-        raise InputError(f"--lora_model {lora_model}: the adapter changes nothing; was it trained at all?")
-    lost = merge_layers(peft_model, dtype)
-    merged = peft_model.unload()
-    outputs = outputs_of(merged, ids)
-    min_agreement = MIN_MERGED_AGREEMENT
-    report: dict[str, Any] = {}
-    if base.trained_outputs and base.onto == "original":
-        report["base_difference"] = compare(outputs, base.trained_outputs)
-    elif base.trained_outputs:
-        adapter_outputs = base.trained_outputs
-        if base.quantization and base.quantization.bits == 8:
-            min_agreement = MIN_SAVED_AGREEMENT  # in use 8-bit layers round their inputs as well
-    report = {
-        **compare(outputs, adapter_outputs),
-        "adapter_effect": effect,
-        "update_lost": lost,
-        "merged_onto": base.onto,
-        "quantization": asdict(base.quantization) if base.quantization else None,
-        **report,
-    }
-    if report["top1_agreement"] < min_agreement:
-        raise InputError(
-            f"the merge is not base + adapter: their first choices agree in {report['top1_agreement']:.1%} of the "
-            f"positions, logits differ by up to {report['max_logit_difference']:.2g}"
-        )
-    return merged, adapter_outputs, report
-
-
-@torch.no_grad()
-def merge_layers(peft_model: nn.Module, dtype: torch.dtype) -> float:
-    """Merge each adapted layer in place; returns rms(cast(W + U) - (W + U)) / rms(U) over all of them."""
-    from peft.tuners.lora.layer import ParamWrapper
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    def weight(layer: BaseTunerLayer) -> Tensor:
-        found = layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight
-        return found.detach()
-
-    rounding = update = 0.0
-    for layer in (m for m in peft_model.modules() if isinstance(m, BaseTunerLayer)):
-        before = weight(layer).clone()
-        layer.merge(safe_merge=True)
-        after = weight(layer)
-        rounding += (after.to(dtype).float() - after).double().pow(2).sum().item()
-        update += (after - before).double().pow(2).sum().item()
-    return (rounding / update) ** 0.5 if update else 0.0
-
-
-def save_merged(
-    merged: nn.Module,
-    tokenizer,
-    output_dir: str,
-    dtype: torch.dtype,
-    max_shard_size: str,
-    adapter_outputs: list[Tensor],
-    report: dict,
-    base_model: str,
-    lora_model: str,
-) -> dict:
-    """Cast, save beside output_dir, load again, compare with base + adapter, and only then move into place.
-
-    Returns:
-        The whole report: the given one, and under "saved" the same figures of the reloaded files.
-
-    Raises:
-        InputError: the saved model's greedy choices agree with base + adapter in less than MIN_SAVED_AGREEMENT
-            of the positions; nothing is left behind then.
-    """
-    output = Path(output_dir)
+    stream, output = found.stream, Path(output_dir)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
         folder = Path(temporary) / output.name
-        merged.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
-        tokenizer.save_pretrained(folder)
-        copy_remote_code(base_model, folder)
-        device = next(merged.parameters()).device
-        reloaded = type(merged).from_pretrained(folder, dtype=dtype).to(device).eval()
+        folder.mkdir()
+        writer = Writer(folder, _files(found, max_shard_size))
+        try:
+            outputs = stream.run(proof_rows(tokenizer), writer)
+        except OSError as error:
+            raise InputError(f"--output_dir {output}: {error}; nothing was written") from error
+        finally:
+            writer.close()
         report = {
             "base_model": base_model,
             "lora_model": lora_model,
-            "dtype": str(dtype).removeprefix("torch."),
-            **report,
-            "saved": compare(outputs_of(reloaded, prompt_ids(tokenizer)), adapter_outputs),
+            "dtype": str(found.config.dtype).removeprefix("torch."),
+            "proof": "logits" if outputs else "weights",
+            **_figures(found, outputs),
+            "update_lost": (stream.rounding / stream.update) ** 0.5 if stream.update else 0.0,
+            "merged_onto": found.onto,
+            "quantization": asdict(found.quantization) if found.quantization else None,
         }
-        if report["update_lost"] >= 1:
-            raise InputError(
-                f"--dtype {report['dtype']}: rounding costs more than the whole update "
-                f"({report['update_lost']:.0%}); use --dtype float32"
-            )
-        if report["saved"]["top1_agreement"] < MIN_SAVED_AGREEMENT:
-            raise InputError(
-                "the merged model's first choices agree with base + adapter in "
-                f"{report['saved']['top1_agreement']:.1%} of the positions only (update lost to rounding: "
-                f"{report['update_lost']:.0%}); try --dtype float32"
-            )
+        _judge(report, found, lora_model)
+        _save_settings(found, tokenizer, folder)
         stage = lineage.read_stage(lora_model) or {"base_model": base_model}
         known = {key: value for key, value in stage.items() if key not in ("versions", "created")}
         changed = {"adapter": False, "merged_from": lora_model, "dtype": report["dtype"], "quantization": None}
@@ -345,16 +336,86 @@ def save_merged(
     return report
 
 
-def copy_remote_code(base_model: str, folder: Path) -> None:
-    """The .py files that auto_map names travel with the weights, or the result could not be loaded.
+def _files(found: Merge, max_shard_size: str | None) -> list[Layout]:
+    stream = found.stream
+    # a head over the vocabulary is nothing to a reward model
+    dropped = stream.tensors.unknown if found.scores else []
+    if dropped:
+        logger.info("not in the reward model: %s", ", ".join(dropped[:6]))
+    files = stream.layout(keeps_unknown=not dropped)
+    if max_shard_size is None and (stream.twin is None or not stream.twin.is_stored):
+        return files
+    merged = {name: entry for layout in files for name, entry in layout.items()}
+    return split_layout(merged, size_in_bytes(max_shard_size or DEFAULT_SHARD))
 
-    Raises:
-        InputError: one is a link to somewhere else, whose content would end in the merged folder.
-    """
-    check_links(f"--base_model {base_model}", Path(base_model), "*.py")
-    for source in Path(base_model).glob("*.py"):
-        if not (folder / source.name).exists():
-            shutil.copy2(source, folder)
+
+def size_in_bytes(text: str) -> int:
+    """ "5GB" -> 5,000,000,000"""
+    number, unit = float(text[:-2]), text[-2:].upper()
+    return int(number * 1000 ** ("KB", "MB", "GB", "TB").index(unit) * 1000)
+
+
+def _figures(found: Merge, outputs: dict[str, Tensor]) -> dict[str, Any]:
+    """What the logits say; {} without them."""
+    if not outputs:
+        return {}
+    wanted, report = outputs[ADAPTER], {}
+    if TRAINED in outputs and found.onto == "original":
+        report["base_difference"] = compare(outputs[SUM], outputs[TRAINED])
+    elif TRAINED in outputs:
+        wanted = outputs[TRAINED]
+    return {
+        **compare(outputs[SUM], wanted),
+        "adapter_effect": (outputs[ADAPTER][: len(outputs[BASE])] - outputs[BASE]).abs().max().item(),
+        **report,
+        "saved": compare(outputs[SAVED], wanted),
+    }
+
+
+def _judge(report: dict, found: Merge, lora_model: str) -> None:
+    """Raises InputError where the merged model is not base + adapter."""
+    if not found.stream.changed:
+        raise InputError(f"--lora_model {lora_model}: the adapter changes nothing; was it trained at all?")
+    if not all(math.isfinite(each.get("max_logit_difference", 0.0)) for each in (report, report.get("saved", {}))):
+        raise InputError(
+            f"--dtype {report['dtype']}: logits of the merged model are not finite; is the adapter broken, or are its "
+            "weights too large for the data type?"
+        )
+    # in use 8-bit layers round their inputs as well
+    rounds = found.onto == "trained" and found.quantization is not None and found.quantization.bits == 8
+    wanted = MIN_SAVED_AGREEMENT if rounds else MIN_MERGED_AGREEMENT
+    if report.get("top1_agreement", 1.0) < wanted:
+        raise InputError(
+            f"the merge is not base + adapter: their first choices agree in {report['top1_agreement']:.1%} of the "
+            f"positions, logits differ by up to {report['max_logit_difference']:.2g}"
+        )
+    if report["update_lost"] >= 1:
+        raise InputError(
+            f"--dtype {report['dtype']}: rounding costs more than the whole update "
+            f"({report['update_lost']:.0%}); use --dtype float32"
+        )
+    if "saved" in report and report["saved"]["top1_agreement"] < MIN_SAVED_AGREEMENT:
+        raise InputError(
+            "the merged model's first choices agree with base + adapter in "
+            f"{report['saved']['top1_agreement']:.1%} of the positions only (update lost to rounding: "
+            f"{report['update_lost']:.0%}); try --dtype float32"
+        )
+
+
+def _save_settings(found: Merge, tokenizer, folder: Path) -> None:
+    """Everything beside the weights that the base has and a model needs."""
+    found.config.save_pretrained(folder)
+    generation = getattr(found.stream.model, "generation_config", None)
+    if (found.folder / "generation_config.json").is_file():
+        shutil.copy2(found.folder / "generation_config.json", folder)
+    elif generation is not None and not found.scores:
+        generation.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for pattern in COPIED:
+        check_links(f"--base_model {found.folder}", found.folder, pattern)
+        for source in found.folder.glob(pattern):
+            if not (folder / source.name).exists():
+                shutil.copy2(source, folder)
 
 
 def push(output_dir: str, hub_name: str, token: str | None) -> None:
@@ -366,33 +427,29 @@ def push(output_dir: str, hub_name: str, token: str | None) -> None:
     api.upload_folder(folder_path=output_dir, repo_id=hub_name)
 
 
-def prompt_ids(tokenizer) -> list[Tensor]:
-    """The proof's prompts as (1, T) ids, T at most 64."""
-    return [torch.tensor([tokenizer(text)["input_ids"][:64]]) for text in PROMPTS]
+def proof_rows(tokenizer) -> Tensor:
+    """(PROOF_ROWS, PROOF_TOKENS) ids, which are those of PROMPTS one after the other."""
+    ids = [token for text in PROMPTS for token in tokenizer(text)["input_ids"]]
+    wanted = PROOF_ROWS * PROOF_TOKENS
+    return torch.tensor((ids * (wanted // len(ids) + 1))[:wanted]).view(PROOF_ROWS, PROOF_TOKENS)
 
 
-@torch.no_grad()
-def outputs_of(model: nn.Module, ids: list[Tensor]) -> list[Tensor]:
-    """The logits (T, V), or the scores (1, 1) of a reward model, for each prompt, on the CPU in float32."""
-    device = next(model.parameters()).device
-    return [model(input_ids=row.to(device), use_cache=False).logits[0].float().cpu() for row in ids]
-
-
-def compare(outputs: list[Tensor], wanted: list[Tensor]) -> dict[str, float]:
+def compare(outputs: Tensor, wanted: Tensor) -> dict[str, float]:
     """Largest and mean |difference|, and the share of positions where the largest logit is the same one.
+
+    Both are (..., V), or (R, 1) for scores.
 
     Scores have one column, where "the largest" says nothing: there, agreement is of the prompts' order by score, over
     the pairs of prompts that are further apart than NEAR_TIE of the range of scores.
     """
-    differences = torch.cat([(a - b).abs().flatten() for a, b in zip(outputs, wanted, strict=True)])
-    if outputs[0].shape[-1] == 1:
-        got, want = (torch.cat(scores).flatten() for scores in (outputs, wanted))
+    differences = (outputs - wanted).abs()
+    if outputs.shape[-1] == 1:
+        got, want = outputs.flatten(), wanted.flatten()
         apart, wanted_apart = (scores[:, None] - scores[None] for scores in (got, want))
         clear = wanted_apart > NEAR_TIE * (want.max() - want.min())
         agreement = (apart[clear] > 0).double().mean().item() if clear.any() else 1.0
     else:
-        same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(outputs, wanted, strict=True)])
-        agreement = same.double().mean().item()
+        agreement = (outputs.argmax(-1) == wanted.argmax(-1)).double().mean().item()
     return {
         "max_logit_difference": differences.max().item(),
         "mean_logit_difference": differences.mean().item(),

@@ -12,7 +12,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 
 from stagewise.data.sources import source_names
 from stagewise.errors import InputError, first_line
-from stagewise.modeling.model_check import check_adapter_on, check_device
+from stagewise.modeling.model_check import check_device
 from stagewise.modeling.model_files import (
     ADAPTER_CONFIG,
     check_adapter_files,
@@ -20,7 +20,7 @@ from stagewise.modeling.model_files import (
     check_tokenizer_files,
 )
 from stagewise.modeling.model_shape import adapter_base
-from stagewise.modeling.untrusted import check_links, check_named_base, read_config
+from stagewise.modeling.untrusted import check_links, check_named_base
 
 
 def check_start(arguments: Sequence[Any], models: Mapping[str, str | None] | None = None) -> None:
@@ -72,15 +72,6 @@ def check_merge(args: Namespace) -> None:
     check_writable("--output_dir", Path(args.output_dir))
     if args.device != "auto":
         check_device("--device", args.device)
-
-
-def check_pair(base_model: str, lora_model: str, tokenizer, trust_remote_code: bool) -> None:
-    """Raises InputError where the adapter is not for this base, going by its configuration."""
-    try:
-        config = read_config(f"--base_model {base_model}", base_model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--base_model {base_model}: {first_line(error)}") from error
-    check_adapter_on("--lora_model", lora_model, config, len(tokenizer), trust_remote_code)
 
 
 def check_inference(args: Namespace) -> None:
