@@ -1,5 +1,5 @@
 """Each engine on two processes under what users have: a vocabulary of 65,536, so that the loss comes in chunks; rows
-of 40 and 600 tokens beside each other, so that processes train other numbers of tokens, or none; and --bf16.
+of 30 and 300 tokens beside each other, so that processes train other numbers of tokens, or none; and --bf16.
 
 tests/test_distributed.py has the same stages and engines on a small model, with weights, resumed runs and offloading.
 """
@@ -36,10 +36,10 @@ def command(tiny_model_dir, tmp_path_factory):
     make_model(tiny_model_dir, model)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_pairs()))
     data.write_text("".join(json.dumps(row) + "\n" for row in make_conversations()))
-    (folder / "corpus.txt").write_text("\n\n".join(sentence(length) for length in (20, 500) * 8))
+    (folder / "corpus.txt").write_text("\n\n".join(sentence(length) for length in (20, 260) * 8))
     chat = ["--template_name", "chatml"]
     own = {
-        "pt": ["--train_file_dir", str(folder / "corpus.txt"), "--block_size", "700", "--packing", "False"],
+        "pt": ["--train_file_dir", str(folder / "corpus.txt"), "--block_size", "400", "--packing", "False"],
         "sft": [*chat, "--train_file_dir", str(data), "--model_max_length", "1024"],
         "rm": [*chat, "--train_file_dir", str(folder / "pairs.jsonl"), "--max_length", "1024"],
         "dpo": [*chat, "--train_file_dir", str(folder / "pairs.jsonl"), "--max_length", "1024"],
@@ -56,7 +56,7 @@ def command(tiny_model_dir, tmp_path_factory):
             "--plot_loss", "False", "--ddp_timeout", "60", *own[stage], *adapter,
             "--per_device_train_batch_size", str(rows), *flags,
         ]  # fmt: skip
-        return {"script": SCRIPTS[stage], "argv": argv, "trains_from": 300 if untrained else 0}
+        return {"script": SCRIPTS[stage], "argv": argv, "trains_from": 100 if untrained else 0}
 
     return job
 
@@ -80,7 +80,7 @@ def sentence(words: int) -> str:
 
 
 def make_conversations() -> list[dict]:
-    answers = [sentence(500 if row % 2 else 20) for row in range(16)]
+    answers = [sentence(260 if row % 2 else 20) for row in range(16)]
     return [{"conversations": [{"from": "human", "value": "Go."}, {"from": "gpt", "value": a}]} for a in answers]
 
 
@@ -88,8 +88,8 @@ def make_pairs() -> list[dict]:
     return [
         {
             "question": "Go.",
-            "response_chosen": sentence(300 if row % 2 else 20),
-            "response_rejected": sentence(25 if row % 3 else 310),
+            "response_chosen": sentence(140 if row % 2 else 20),
+            "response_rejected": sentence(25 if row % 3 else 150),
         }
         for row in range(16)
     ]
