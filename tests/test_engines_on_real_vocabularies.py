@@ -1,5 +1,5 @@
 """Each engine on two processes under what users have: a vocabulary of 65,536, so that the loss comes in chunks; rows
-of 30 and 300 tokens beside each other, so that processes train other numbers of tokens, or none; and --bf16.
+of 60 and 560 tokens beside each other, so that processes train other numbers of tokens, or none; and --bf16.
 
 tests/test_distributed.py has the same stages and engines on a small model, with weights, resumed runs and offloading.
 """
