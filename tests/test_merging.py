@@ -444,7 +444,7 @@ def test_gpt2_quantized_by_training_merges_onto_what_it_saw(tokenizer, tmp_path)
 
 
 def test_names_of_libraries_that_merging_leans_on():
-    """Private ones: without them an adapter would move to the meta device, or files be written as modules have it."""
+    """Private: without them an adapter is moved to the meta device, or files are written as modules have them."""
     from peft.tuners.lora import LoraLayer
     from transformers.core_model_loading import revert_weight_conversion
 
