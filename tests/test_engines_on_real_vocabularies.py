@@ -99,10 +99,10 @@ def run(jobs: list[dict], folder: Path, processes: int, env: dict) -> None:
     (folder / "jobs.json").write_text(json.dumps(jobs))
     script = ["tests/run_in_group.py", str(folder / "jobs.json")]
     if processes > 1:
-        check(torchrun(*script, env=env))
+        check(torchrun(*script, env=env, timeout=1500))
         return
     alone = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    check(subprocess.run([sys.executable, *script], cwd=ROOT, capture_output=True, text=True, env=alone, timeout=500))
+    check(subprocess.run([sys.executable, *script], cwd=ROOT, capture_output=True, text=True, env=alone, timeout=1500))
 
 
 @pytest.fixture(scope="module")
