@@ -53,7 +53,7 @@ def command(tiny_model_dir, tmp_path_factory):
         argv = [
             "--model_name_or_path", str(model), "--do_train", "True", "--output_dir", str(output), "--max_steps", "3",
             "--logging_steps", "1", "--learning_rate", "1e-3", "--save_strategy", "no", "--report_to", "none",
-            "--plot_loss", "False", "--ddp_timeout", "60", *own[stage], *adapter,
+            "--plot_loss", "False", "--ddp_timeout", "300", *own[stage], *adapter,
             "--per_device_train_batch_size", str(rows), *flags,
         ]  # fmt: skip
         return {"script": SCRIPTS[stage], "argv": argv, "trains_from": 100 if untrained else 0}
