@@ -209,7 +209,7 @@ def test_a_finished_run_whose_evaluation_is_not_a_number_says_so(
 
     def overflow(self, *args, **kwargs):
         nothing, stats, ids = predict(self, *args, **kwargs)
-        stats[1, 0] = torch.inf
+        stats[0][1] = torch.inf
         return nothing, stats, ids
 
     monkeypatch.setattr(CausalLMTrainer, "prediction_step", overflow)
