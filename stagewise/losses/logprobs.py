@@ -179,7 +179,8 @@ class _Summands:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, token_weights, label_smoothing, chunks, wanted):
-        need_hidden, need_weight, need_bias = (needed and wanted for needed in ctx.needs_input_grad[:3])
+        need_hidden, need_weight, need_bias = (asked and wanted for asked in ctx.needs_input_grad[:3])
+        needed = need_hidden or need_weight or need_bias
         dtype = _multiplied_in(hidden, weight.dtype)
         summands = _Summands(labels, token_weights, label_smoothing, FP16_SCALE if dtype == torch.float16 else 1.0)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
@@ -194,7 +195,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits = _product(h, matrix.t(), buffer[: len(h)])
                 if bias is not None:
                     logits += bias
-                grad = summands.add(rows, logits, need_hidden or need_weight or need_bias)
+                grad = summands.add(rows, logits, needed)
+                if not needed:
+                    continue
                 low = grad.to(dtype)
                 if grad_hidden is not None:
                     grad_hidden[rows] = low @ matrix
