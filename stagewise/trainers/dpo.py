@@ -66,6 +66,12 @@ def dpo_trainer_class() -> type:
             sigmoid_only = self.loss_types == ["sigmoid"] and not self.label_smoothing
             self._check_first_loss = starts_at_reference and not reference_free and sigmoid_only
 
+        def _settle_fsdp(self):
+            """As accelerate has it: trl multiplies with lm_head.weight without calling the head, whose gradients FSDP
+            then cannot convert, and a reference that is a model of its own is wrapped in another way than the policy,
+            so that it is the rounding of what comes out that keeps the two together.
+            """
+
         def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
             return dataset  # rendered, tokenized and cut by stagewise.data.preferences
 

@@ -54,7 +54,7 @@ class StageTrainerMixin(_Base):
         arguments.logging_nan_inf_filter = False  # it would hide a loss, and wait for the device in every micro-batch
         super().__init__(*args, **kwargs)
         settle_sharded(self.model)
-        _keep_float32(self.accelerator)
+        self._settle_fsdp()
         self.step_guard = StepGuard(on_nan, max_loss, gradients_may_overflow=self.args.fp16)
         self.neftune_noise_alpha = None  # the noise is ours, see train
         self.min_lr = min_lr
@@ -67,6 +67,16 @@ class StageTrainerMixin(_Base):
         self._loss_before: Tensor | None = None  # the Trainer's sum of losses before the step in hand
         self._clock = time.perf_counter()
         self._paused_s = 0.0
+
+    def _settle_fsdp(self) -> None:
+        """FSDP 2 in 16 bits casts parameters, but neither what goes into the model (weights of tokens) nor what comes
+        out (the loss); the gradients of the processes are summed up in float32, as they are without it.
+        """
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+            plugin.mixed_precision_policy = dataclasses.replace(
+                plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
+            )
 
     def count_tokens(self, num_tokens: Tensor | None) -> None:
         """Add the real tokens of a training batch, given row by row; those of an evaluation are not counted."""
@@ -242,16 +252,6 @@ class StageTrainerMixin(_Base):
             model.zero_grad()
             self._tr_loss.copy_(self._loss_before)
         return grad_norm
-
-
-def _keep_float32(accelerator) -> None:
-    """FSDP 2 with 16 bits casts parameters, and neither what goes into the model (weights of tokens) nor what comes
-    out (the loss); gradients of the processes are summed up in float32, as they are without it."""
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
-        plugin.mixed_precision_policy = dataclasses.replace(
-            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
-        )
 
 
 def _with_floor(schedule, floor: float):
