@@ -270,8 +270,8 @@ def streamed(tiny_model_dir, uneven_rows, text_file, tmp_path_factory) -> Path:
         path = folder / f"jobs{processes}.json"
         path.write_text(json.dumps([{"script": "recording", "argv": argv} for argv in jobs]))
         done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port",
-             "29861", "tests/run_in_group.py", str(path)],
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
+             "tests/run_in_group.py", str(path)],
             cwd=ROOT, capture_output=True, text=True, timeout=400,
             env={**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "OMP_NUM_THREADS": "1"},
         )  # fmt: skip

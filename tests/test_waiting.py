@@ -162,7 +162,7 @@ def test_tokenizing_and_packing_longer_than_ddp_timeout(tiny_model_dir, sft_file
     (tmp_path / "slow.py").write_text(SLOW)
     done = subprocess.run(
         [
-            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29871",
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
             str(tmp_path / "slow.py"), "--model_name_or_path", tiny_model_dir, "--train_file_dir", sft_file,
             "--template_name", "chatml", "--model_max_length", "128", "--packing", "True", "--max_steps", "2",
             "--output_dir", str(tmp_path / "out"), "--do_train", "True", "--logging_steps", "1", "--ddp_timeout", "10",
