@@ -117,12 +117,12 @@ def _head_loss(model, hidden, targets, weights, transform, label_smoothing):
             [parameter for parameter in head.parameters() if parameter.requires_grad],
         )
 
-    with _forward_of(head, loss):
+    with forward_of(head, loss):
         return head(hidden)
 
 
 @contextmanager
-def _forward_of(module: nn.Module, forward: Callable) -> Iterator[None]:
+def forward_of(module: nn.Module, forward: Callable) -> Iterator[None]:
     """Within it a call of the module, with its hooks, is a call of `forward`."""
     before = vars(module).get("forward")
     module.forward = forward

@@ -1,8 +1,10 @@
 """DPO through trl's DPOTrainer, fed with ids of ours, and checked at its first step."""
 
 import dataclasses
+import functools
 import math
 import re
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +13,7 @@ from transformers import TrainingArguments
 
 from stagewise.errors import InputError
 from stagewise.modeling.quantization import is_quantized
+from stagewise.modeling.token_loss import forward_of
 from stagewise.trainers.stage import StageTrainerMixin
 
 # The loss of a policy that equals its reference; rounding of the two forward passes apart.
@@ -59,18 +62,13 @@ def dpo_trainer_class() -> type:
             given = {name: parameter.detach().clone() for name, parameter in _trained_on_quantized(kwargs["model"])}
             super().__init__(*args, **kwargs)
             _restore_float32(self.model, given)
+            _call_the_head(self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model)
             self.reference_free = reference_free
             if reference_free:
                 self.precompute_ref_logps = True  # taken from the batch, where they are 0
                 self.ref_model = None
             sigmoid_only = self.loss_types == ["sigmoid"] and not self.label_smoothing
             self._check_first_loss = starts_at_reference and not reference_free and sigmoid_only
-
-        def _settle_fsdp(self):
-            """As accelerate has it: trl multiplies with lm_head.weight without calling the head, whose gradients FSDP
-            then cannot convert, and a reference that is a model of its own is wrapped in another way than the policy,
-            so that it is the rounding of what comes out that keeps the two together.
-            """
 
         def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
             return dataset  # rendered, tokenized and cut by stagewise.data.preferences
@@ -89,6 +87,34 @@ def dpo_trainer_class() -> type:
             return result
 
     return PreferenceTrainer
+
+
+def _call_the_head(model: nn.Module) -> None:
+    """Let trl's forward pass of log-probabilities run inside of one call of the head.
+
+    It multiplies with lm_head.weight and never calls the head, around whose call FSDP makes the weight whole and takes
+    up its gradient. The decoder has run before, so that the head is whole for no longer than it is needed.
+    """
+    of_trl = model.forward
+
+    @functools.wraps(of_trl)
+    def forward(self, *args, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs):
+        if not fused_lm_head:
+            return of_trl(*args, labels=labels, **kwargs)
+        head, decoder = self.get_output_embeddings(), self.base_model
+        outputs = decoder(*args, **kwargs)
+
+        def log_probabilities(hidden: Tensor):
+            def decoded(*_, **__):
+                return dataclasses.replace(outputs, last_hidden_state=hidden)
+
+            with forward_of(decoder, decoded):
+                return of_trl(*args, fused_lm_head=True, labels=labels, **kwargs)
+
+        with forward_of(head, log_probabilities):
+            return head(outputs.last_hidden_state)
+
+    model.forward = types.MethodType(forward, model)
 
 
 def _trained_on_quantized(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -54,7 +54,6 @@ class StageTrainerMixin(_Base):
         arguments.logging_nan_inf_filter = False  # it would hide a loss, and wait for the device in every micro-batch
         super().__init__(*args, **kwargs)
         settle_sharded(self.model)
-        self._settle_fsdp()
         self.step_guard = StepGuard(on_nan, max_loss, gradients_may_overflow=self.args.fp16)
         self.neftune_noise_alpha = None  # the noise is ours, see train
         self.min_lr = min_lr
@@ -68,10 +67,11 @@ class StageTrainerMixin(_Base):
         self._clock = time.perf_counter()
         self._paused_s = 0.0
 
-    def _settle_fsdp(self) -> None:
-        """FSDP 2 in 16 bits casts parameters, but neither what goes into the model (weights of tokens) nor what comes
-        out (the loss); the gradients of the processes are summed up in float32, as they are without it.
+    def create_accelerator_and_postprocess(self) -> None:
+        """FSDP 2 in 16 bits casts parameters, but neither what goes into a model (token weights) nor what comes out
+        of it (losses, log-probabilities); gradients of the processes are summed up in float32, as without FSDP.
         """
+        super().create_accelerator_and_postprocess()
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
             plugin.mixed_precision_policy = dataclasses.replace(
