@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     from stagewise.run import merging, preflight
 
-    merging.check_paths(args.base_model, args.lora_model, args.output_dir, args.overwrite)
+    merging.check_paths(args)
     preflight.check_merge(args)
     tokenizer = merging.load_merge_tokenizer(
         args.tokenizer_path, args.lora_model, args.base_model, args.trust_remote_code

@@ -77,8 +77,8 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.run.preflight import check_start
     from stagewise.trainers.reward import PairwiseRewardTrainer
 
-    checkpoint = lifecycle.start_run(args, run_args)
     check_start(arguments)
+    checkpoint = lifecycle.start_run(args, run_args)
     quantization = plan_quantization(model_args, lora_args, args)
 
     # 2. tokenizer and template

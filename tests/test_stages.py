@@ -184,7 +184,7 @@ def test_merge_refuses_what_cannot_end_well(tiny_model_dir, sft_dir, merged_dir,
         merge(lora=merged_dir)
     with pytest.raises(InputError, match="no adapter_config"):
         merge(lora=tmp_path)
-    with pytest.raises(InputError, match="is also --lora_model"):
+    with pytest.raises(InputError, match="is what --lora_model reads"):
         merge(out=sft_dir)
     untrained = tmp_path / "untrained"
     shutil.copytree(sft_dir, untrained)

@@ -235,7 +235,7 @@ OTHERS = [
     case(MERGE, "--tokenizer_path ./nowhere", "--tokenizer_path ./nowhere", "no such folder"),
     case(MERGE, "--output_dir @used", "--output_dir", "not empty", "--overwrite"),
     case(MERGE, "--output_dir @broken.json", "--output_dir", "is a file", "another folder"),
-    case(MERGE, "--output_dir @base", "--output_dir", "is also --base_model", "another folder"),
+    case(MERGE, "--output_dir @base", "--output_dir", "is what --base_model reads", "another folder"),
     case(MERGE, "--device gpu", "--device gpu", "no such device", "cpu"),
     case(MERGE, "--device cuda", "--device cuda", "no such device", "cpu"),
     case(MERGE, "--max_shard_size 5gigs", "--max_shard_size", "5gigs", "5GB"),

@@ -112,7 +112,12 @@ def source_names(spec: str) -> tuple[str, ...]:
 
     Raises InputError for a path that does not exist.
     """
-    return tuple(data_name(existing_path(path)) for path in _split_paths(spec, "--train_file_dir"))
+    return tuple(data_name(path) for path in source_paths(spec))
+
+
+def source_paths(spec: str) -> tuple[Path, ...]:
+    """The files and directories of "a,b,c". Raises InputError for a path that does not exist."""
+    return tuple(existing_path(path) for path in _split_paths(spec, "--train_file_dir"))
 
 
 def _split_paths(spec: str, flag: str) -> list[Path]:

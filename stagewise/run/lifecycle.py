@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerStat
 from stagewise.checkpoint_files import move_into, saving
 from stagewise.distributed import uses_fsdp
 from stagewise.errors import InputError, TrainingDiverged
-from stagewise.machines import PROBE, agree, look
+from stagewise.machines import agree, look
 from stagewise.modeling.attention import check_kernel
 from stagewise.modeling.experts import every_pass_trains_all
 from stagewise.modeling.liger import liger_config
@@ -44,6 +43,7 @@ from stagewise.run.checkpoints import (
 from stagewise.run.cost import describe_cost
 from stagewise.run.logging import LogLine, peak_memory_gib, setup_logging
 from stagewise.run.memory import MemoryPlan
+from stagewise.run.own_files import CARD, RESULTS, add_to_list, begin_list, check_replaceable, clear, is_own
 from stagewise.run.plots import plot_curves, plot_loss, plot_scores
 from stagewise.run.preflight import check_writable
 
@@ -51,16 +51,6 @@ logger = logging.getLogger(__name__)
 
 # What run_config.yaml leaves out: secrets, and what is about one start of a run and not about the run.
 NOT_REPEATED = ("hf_hub_token", "hub_token", "resume_from_checkpoint", "overwrite_output_dir", "dry_run")
-# What a run of ours leaves in output_dir, and so what --overwrite_output_dir may delete; anything else stays.
-OWN_FILES = (
-    "checkpoint-*", "checkpoint.partial", "logs", "adapter_config.json", "adapter_model.safetensors", "config.json",
-    "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*",
-    "special_tokens_map.json", "chat_template.jinja", "added_tokens.json", "vocab.json", "merges.txt",
-    "training_args.bin", "*_results.json", "trainer_state.json", "*.png", "run_config.yaml", "data_report.json",
-    "stage.json", "README.md", "completions.jsonl", f"{PROBE}*",
-)  # fmt: skip
-# What the main process writes beside the model, and other machines get a copy of.
-RESULTS = ("*_results.json", "trainer_state.json", "*.png", "README.md", "completions.jsonl")
 
 
 def start_run(args, run_args) -> str | None:
@@ -149,6 +139,7 @@ def _settle_output_dir(args, run_args, until: int | None) -> str | None:
             f"--output_dir {output}: not empty; pass --resume_from_checkpoint True to go on, "
             "--overwrite_output_dir True to replace the run that is there, or choose another folder"
         )
+    check_replaceable("--overwrite_output_dir", output)
     return checkpoint
 
 
@@ -165,19 +156,13 @@ def open_output_dir(args, run_args, checkpoint: str | None, arguments: Sequence[
     if args.machines.keeps:
         output = Path(args.output_dir)
         if run_args.overwrite_output_dir and not _holds(output, checkpoint):
-            clear_output_dir(output)
+            clear(output)
         output.mkdir(parents=True, exist_ok=True)
+        begin_list(output)
         (output / "run_config.yaml").write_text(
             yaml.safe_dump(resolved_arguments(arguments), sort_keys=False, allow_unicode=True), encoding="utf-8"
         )
         _write_json(output / "data_report.json", data_report)
-
-
-def clear_output_dir(output: Path) -> None:
-    """Delete what a run of ours leaves behind; files of other origin stay."""
-    for pattern in OWN_FILES:
-        for path in output.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def resolved_arguments(arguments: Sequence[Any]) -> dict:
@@ -325,9 +310,11 @@ def train_and_save(
         trainer.save_model(str(partial), _internal_call=True)  # which does not push: report_run does
         if trainer.args.should_save:
             check_saved(partial)
+            (partial / CARD).unlink(missing_ok=True)  # peft's; ours comes with the figures of the run
             lineage.write_stage(partial, **stage_fields)
         trainer.args.machines.mirror(partial, trainer.args.device)
         if trainer.args.machines.keeps:
+            add_to_list(output, [path.name for path in partial.iterdir()])
             move_into(partial, output)
         trainer.save_state()
         trainer.save_metrics("train", metrics)
@@ -399,7 +386,10 @@ def _write_report(trainer: Trainer, run_args, arguments: Sequence[object], data_
     stage = lineage.read_stage(output) or {}
     if run_args.plot_loss:
         plot_loss(trainer.state.log_history, output / "training_loss.png", f"{stage.get('stage', '')}: {output.name}")
-    (output / "README.md").write_text(model_card(stage, arguments, data_report, metrics), encoding="utf-8")
+    if is_own(output / CARD):
+        (output / CARD).write_text(model_card(stage, arguments, data_report, metrics), encoding="utf-8")
+    else:
+        logger.warning("%s: is not a run's, so it stays, and no model card was written", output / CARD)
 
 
 def _push(trainer: Trainer) -> None:

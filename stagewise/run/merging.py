@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import tempfile
+from argparse import Namespace
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from stagewise.checkpoint_files import move_into
 from stagewise.errors import InputError, first_line
 from stagewise.modeling.base_tensors import BaseTensors
 from stagewise.modeling.loading import is_reward_model, prepare_scoring
@@ -37,6 +39,8 @@ from stagewise.modeling.streamed_merge import (
 from stagewise.modeling.tensor_files import Layout, Writer, open_checkpoint, split_layout
 from stagewise.modeling.untrusted import check_links, read_config, unpickling_failed
 from stagewise.run import lineage
+from stagewise.run.own_files import LIST, add_to_list, check_replaceable, clear
+from stagewise.run.preflight import check_apart
 
 logger = logging.getLogger(__name__)
 
@@ -66,23 +70,20 @@ PROMPTS = (
 )
 
 
-def check_paths(base_model: str, lora_model: str, output_dir: str, overwrite: bool) -> None:
+def check_paths(args: Namespace) -> None:
     """Raise InputError for what cannot end well, before anything is loaded."""
-    adapter = Path(lora_model)
+    adapter, output = Path(args.lora_model), Path(args.output_dir)
     if not (adapter / "adapter_config.json").is_file():
         if (adapter / "config.json").is_file():
             raise InputError(f"--lora_model {adapter}: holds a full model, not an adapter; there is nothing to merge")
         raise InputError(f"--lora_model {adapter}: no adapter_config.json there")
-    if base_model.startswith((".", "/", "~")) and not Path(base_model).expanduser().exists():
-        raise InputError(f"--base_model {base_model}: no such folder")
-    output = Path(output_dir)
-    for flag, source in (("--base_model", Path(base_model)), ("--lora_model", adapter)):
-        if source.exists() and output.exists() and output.samefile(source):
-            raise InputError(f"--output_dir {output}: is also {flag}; choose another folder")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
+    if args.base_model.startswith((".", "/", "~")) and not Path(args.base_model).expanduser().exists():
+        raise InputError(f"--base_model {args.base_model}: no such folder")
+    read = {"--base_model": args.base_model, "--lora_model": args.lora_model, "--tokenizer_path": args.tokenizer_path}
+    check_apart(args.output_dir, read, {})
+    if output.is_dir() and any(output.iterdir()) and not args.overwrite:
         raise InputError(f"--output_dir {output}: not empty; choose another folder or pass --overwrite")
-    if output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file():
-        raise InputError(f"--output_dir {output}: not empty, and no model that --overwrite could replace")
+    check_replaceable("--overwrite", output)
 
 
 def choose_device(name: str) -> torch.device:
@@ -330,9 +331,12 @@ def merge(
         changed = {"adapter": False, "merged_from": lora_model, "dtype": report["dtype"], "quantization": None}
         lineage.write_stage(folder, **{**known, **changed})
         (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-        if output.exists():
-            shutil.rmtree(output)
-        os.replace(folder, output)
+        add_to_list(folder, [LIST, *(path.name for path in folder.iterdir())])
+        clear(output)
+        if any(output.glob("*")):
+            move_into(folder, output)
+        else:
+            os.replace(folder, output)
     return report
 
 

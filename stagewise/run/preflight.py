@@ -2,7 +2,7 @@
 
 import os
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from stagewise.data.sources import source_names
+from stagewise.data.sources import source_names, source_paths
 from stagewise.errors import InputError, first_line
 from stagewise.modeling.model_check import check_device
 from stagewise.modeling.model_files import (
@@ -21,6 +21,7 @@ from stagewise.modeling.model_files import (
 )
 from stagewise.modeling.model_shape import adapter_base
 from stagewise.modeling.untrusted import check_links, check_named_base
+from stagewise.run.lineage import read_stage
 
 
 def check_start(arguments: Sequence[Any], models: Mapping[str, str | None] | None = None) -> None:
@@ -44,6 +45,16 @@ def check_start(arguments: Sequence[Any], models: Mapping[str, str | None] | Non
         check_adapter_files("--peft_path", lora_args.peft_path, model_args.allow_pickle)
     for flag in ("train_file_dir", "validation_file_dir"):
         _check_data(f"--{flag}", getattr(data_args, flag))
+    check_apart(
+        args.output_dir,
+        {
+            "--model_name_or_path": model_args.model_name_or_path,
+            **(models or {}),
+            "--tokenizer_name_or_path": model_args.tokenizer_name_or_path,
+            "--peft_path": lora_args.peft_path,
+        },
+        {"--train_file_dir": data_args.train_file_dir, "--validation_file_dir": data_args.validation_file_dir},
+    )
     _check_reports(args)
     _check_schedule(args, run_args.min_lr)
     if run_args.early_stopping_stall_num and args.eval_strategy == "no":
@@ -62,6 +73,48 @@ def check_writable(flag: str, output: Path) -> None:
         raise InputError(f"{flag} {output}: {there} cannot be written; choose another folder")
 
 
+def check_apart(output_dir: str, models: Mapping[str, str | None], data: Mapping[str, str | None]) -> None:
+    """What is written must not lie in, or around, what is read.
+
+    Args:
+        models: by flag, the folders that are read; what they were made of (an adapter's base, the model that a
+            stage.json names) is not written over either.
+        data: by flag, paths separated by commas.
+
+    Raises:
+        InputError: output_dir is, holds, or lies in one of them; or is a model that one of them was made of.
+    """
+    output = Path(output_dir).resolve()
+    read = [(flag, Path(name)) for flag, name in models.items() if name and Path(name).exists()]
+    for flag, source in [*read, *((flag, path) for flag, spec in data.items() if spec for path in source_paths(spec))]:
+        for place in {source.resolve(), source.absolute()}:
+            if place.is_relative_to(output) or output.is_relative_to(place):
+                how = "is" if place == output else "holds" if place.is_relative_to(output) else "lies in"
+                raise InputError(
+                    f"--output_dir {output_dir}: {how} what {flag} reads ({source}), which a run must not write over; "
+                    "choose another folder"
+                )
+    for flag, source in read:
+        if any(Path(name).resolve() == output for name in _made_of(source)):
+            raise InputError(
+                f"--output_dir {output_dir}: {flag} {source} was made of it, and it would be gone; choose another "
+                "folder"
+            )
+
+
+def _made_of(folder: Path) -> Iterator[str]:
+    """The models that the model in `folder` says it was made of: its adapter's base, and those before it."""
+    if not folder.is_dir():
+        return
+    base = adapter_base(str(folder))
+    if base:
+        yield base
+    stage = read_stage(folder) or (read_stage(base) if base else None)
+    while stage:
+        yield from (stage[key] for key in ("base_model", "merged_from") if isinstance(stage.get(key), str))
+        stage = stage.get("parent")
+
+
 def check_merge(args: Namespace) -> None:
     """What merge_peft_adapter.py will read, write and run on. Raises InputError for what is not there."""
     check_model_files("--base_model", args.base_model, allow_pickle=args.allow_pickle)
@@ -69,6 +122,12 @@ def check_merge(args: Namespace) -> None:
     check_links(f"--base_model {args.base_model}", Path(args.base_model), "*.py")  # they are copied
     if args.tokenizer_path:
         check_tokenizer_files("--tokenizer_path", args.tokenizer_path)
+    models = {
+        "--base_model": args.base_model,
+        "--lora_model": args.lora_model,
+        "--tokenizer_path": args.tokenizer_path,
+    }
+    check_apart(args.output_dir, models, {})
     check_writable("--output_dir", Path(args.output_dir))
     if args.device != "auto":
         check_device("--device", args.device)
