@@ -95,6 +95,7 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.data import loading, preference_audit, tokenization
     from stagewise.data.preferences import PreferenceOptions
     from stagewise.distributed import first_process_first
+    from stagewise.modeling.generation import settle_end
     from stagewise.modeling.loading import (
         check_reference,
         load_causal_lm,
@@ -148,6 +149,7 @@ def main(argv: list[str] | None = None) -> dict:
     # 4. model
     trains_all = not lora_args.use_peft
     model = load_causal_lm(model_args, tokenizer, trains_all, token_loss=False, quantization=quantization)
+    settle_end(model, tokenizer, renderer.stop_tokens, template is not None)
     reference = load_reference(model_args, tokenizer, dpo_args.ref_model_name_or_path, trains_all, quantization)
     model, peft_config = policy_adapter(model, lora_args)
 

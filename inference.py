@@ -107,7 +107,9 @@ class Chat:
         self.generation = generation
         self.sampling = generation.Sampling(args.max_new_tokens, args.temperature, args.top_p, args.repetition_penalty)
         self.model, self.tokenizer, self.renderer = load(args)
-        self.stop_ids = generation.stop_token_ids(self.tokenizer, self.renderer.stop_tokens)
+        self.stop_ids = generation.stop_token_ids(
+            self.tokenizer, self.renderer.stop_tokens, self.model.generation_config
+        )
         self.system_prompt, self.batch_size = args.system_prompt, args.batch_size
 
     def answer(self, conversations: list[list[dict]], tools: list | None = None, stream: bool = False) -> list[str]:

@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.data.prompts import PromptOptions, completion_suffix
     from stagewise.distributed import first_process_first
     from stagewise.modeling.actor_critic import load_actor_critic, log_memory
-    from stagewise.modeling.generation import sampling_config, stop_token_ids
+    from stagewise.modeling.generation import own_generation, sampling_config, settle_end, stop_token_ids
     from stagewise.modeling.loading import load_config, load_tokenizer, prompt_limit, reserve_padding
     from stagewise.modeling.model_check import check_model
     from stagewise.modeling.quantization import plan_quantization, stage_entry
@@ -177,8 +177,9 @@ def main(argv: list[str] | None = None) -> dict:
     renderer = tokenization.build_renderer(template, tokenizer)
     reserve_padding(tokenizer, renderer.stop_tokens)
     tokenizer.chat_template = loading.chat_template(template, tokenizer)
+    own = own_generation(model_args.model_name_or_path, load_config(model_args))
     sampling = sampling_config(
-        tokenizer, stop_token_ids(tokenizer, renderer.stop_tokens),
+        tokenizer, stop_token_ids(tokenizer, renderer.stop_tokens, own),
         ppo_args.max_new_tokens, ppo_args.temperature, ppo_args.top_p,
     )  # fmt: skip
     limit = prompt_limit(model_args, ppo_args.max_prompt_length, ppo_args.max_new_tokens)
@@ -199,6 +200,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     # 4. model
     model = load_actor_critic(model_args, lora_args, tokenizer, ppo_args.temperature, quantization)
+    settle_end(model.base, tokenizer, renderer.stop_tokens, template is not None)
     scorer = load_scorer(
         ppo_args.reward_model_path, ppo_args.reward_function, model, tokenizer,
         completion_suffix(renderer, tokenizer), math.ceil(ppo_args.rollout_batch_size / 4), ppo_args.value_init,

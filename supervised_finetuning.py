@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.data.tasks import plan_tasks
     from stagewise.distributed import first_process_first
     from stagewise.modeling.attention import check_packing, is_flash, settle_attention
+    from stagewise.modeling.generation import settle_end
     from stagewise.modeling.loading import load_causal_lm, load_config, load_tokenizer, row_limit
     from stagewise.modeling.lora import attach_adapter
     from stagewise.modeling.model_check import check_model
@@ -118,6 +119,7 @@ def main(argv: list[str] | None = None) -> dict:
     model = load_causal_lm(
         model_args, tokenizer, not lora_args.use_peft, args.label_smoothing_factor, quantization=quantization
     )
+    settle_end(model, tokenizer, renderer.stop_tokens, template is not None)
     settle_attention(model, model_args, args.torch_compile)
     collator = CausalLMCollator(
         tokenizer.pad_token_id, data.names,

@@ -354,13 +354,17 @@ class Template:
         renderer = _Renderer(self, {"bos": bos_token or "", "eos": self._eos(eos_token)}, tools or [])
         return renderer.run(messages, add_generation_prompt)
 
-    def to_jinja(self) -> str:
-        """The template as a chat_template for transformers, with {% generation %} around the trained spans.
+    def to_jinja(self, marked: bool = True) -> str:
+        """The template as a chat_template for transformers and other programs.
+
+        Args:
+            marked: with {% generation %} around the trained spans, which transformers alone can read; without, it is
+                jinja as anybody's.
 
         It reads messages, tools, bos_token, eos_token and add_generation_prompt, renders what `render` renders, and
         raises where `render` raises (contents that are not strings are left to the caller).
         """
-        return _jinja(self)
+        return _jinja(self, marked)
 
     def stop_tokens(self, eos_token: str | None = None) -> tuple[str, ...]:
         """Strings that end an answer. The first is the trained one.
@@ -687,7 +691,8 @@ _JINJA = """\
 [call_stop]      {%- set stop = <<call_stop>> -%}
     {%- endif -%}
     {{- <<assistant>> ~ prefill -}}
-    {%- generation -%}{{- think ~ answer ~ stop -}}{%- endgeneration -%}
+[marked]    {%- generation -%}{{- think ~ answer ~ stop -}}{%- endgeneration -%}
+[!marked]    {{- think ~ answer ~ stop -}}
     {{- <<final>> if loop.last else <<separator>> -}}
   {%- endif -%}
   {%- set ns.state = "call" if role == "assistant" and turn.tool_calls else role -%}
@@ -702,9 +707,10 @@ _JINJA = """\
 _SLOTS = {"bos": "bos", "eos": "eos_token", "content": "content", "round0": "ns.round", "round1": "(ns.round + 1)"}
 
 
-def _jinja(template: Template) -> str:
+def _jinja(template: Template, marked: bool) -> str:
     form = TOOL_FORMATS[template.tool_format]
     features, expressions = _features(template, form), _program_expressions(template, form)
+    features["marked"] = marked
     lines = []
     for line in _JINJA.split("\n"):
         match = re.match(r"\[(!?)(\w+)\]", line)

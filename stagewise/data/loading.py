@@ -104,7 +104,7 @@ def add_template_tokens(template: Template | None, tokenizer) -> list[str]:
 
 def chat_template(template: Template | None, tokenizer) -> str | None:
     """What is saved as the tokenizer's chat template, so that every engine renders what training rendered."""
-    return tokenizer.chat_template if template is None else template.to_jinja()
+    return tokenizer.chat_template if template is None else template.to_jinja(marked=False)
 
 
 def load_conversations(

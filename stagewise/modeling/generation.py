@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     TextStreamer,
 )
@@ -143,10 +145,55 @@ def _first_with_tokenizer(adapter_path: str | None, model_path: str) -> str:
     return model_path
 
 
-def stop_token_ids(tokenizer, stop_tokens: Sequence[str]) -> list[int]:
-    """Ids that end an answer: the template's stop tokens and the tokenizer's EOS."""
-    ids = {tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(token) for token in stop_tokens)}
-    return sorted(i for i in ids if i is not None and i != tokenizer.unk_token_id)
+def stop_token_ids(tokenizer, stop_tokens: Sequence[str], own: GenerationConfig | None = None) -> list[int]:
+    """Ids that end an answer: the template's stop tokens, the tokenizer's EOS, and what the model's `own` settings
+    name, if it is a token that never stands for text (configurations have numbers of other tokenizers in them).
+    """
+    ids = {i for i in _end_ids(own) if i in tokenizer.added_tokens_decoder}
+    for token in (tokenizer.eos_token, *stop_tokens):
+        (number,) = tokenizer.convert_tokens_to_ids([token])
+        # of a token that it does not know, a tokenizer gives the id of "unknown", which may be that of EOS
+        if number is not None and tokenizer.convert_ids_to_tokens(number) == token:
+            ids.add(number)
+    return sorted(ids)
+
+
+def own_generation(name: str | None, config: PretrainedConfig) -> GenerationConfig:
+    """The generation_config.json of a model, or what its configuration says where it has none."""
+    try:
+        return GenerationConfig.from_pretrained(name) if name else GenerationConfig.from_model_config(config)
+    except OSError:
+        return GenerationConfig.from_model_config(config)
+
+
+def _end_ids(own: GenerationConfig | None) -> list[int]:
+    found = getattr(own, "eos_token_id", None)
+    return list(found) if isinstance(found, (list, tuple)) else [] if found is None else [found]
+
+
+def settle_end(model: PreTrainedModel, tokenizer, stop_tokens: Sequence[str], named: bool) -> None:
+    """Let whoever runs the saved model end where training ended answers: generate() and serving engines go by
+    generation_config.json, others by the tokenizer's EOS.
+
+    Args:
+        stop_tokens: the template's, the trained one first.
+        named: it is a template of ours; the tokenizer's own has the EOS that its owner gave it.
+    """
+    if named:
+        tokenizer.eos_token = stop_tokens[0]
+    own = model.generation_config
+    own.eos_token_id = list(dict.fromkeys([*_end_ids(own), *stop_token_ids(tokenizer, stop_tokens)]))
+
+
+def generating_base(model: nn.Module) -> PreTrainedModel | None:
+    """The language model under an adapter, or in an actor-critic; None of a model that writes nothing."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "base", model)
+    return base if base.can_generate() else None
+
+
+def save_end(model: PreTrainedModel, folder: Path) -> None:
+    """generation_config.json beside an adapter: the base's with what settle_end has made of it, for the merge."""
+    (folder / "generation_config.json").write_text(model.generation_config.to_json_string(), encoding="utf-8")
 
 
 def sampling_config(

@@ -21,6 +21,7 @@ from stagewise.errors import InputError, TrainingDiverged
 from stagewise.machines import agree, look
 from stagewise.modeling.attention import check_kernel
 from stagewise.modeling.experts import every_pass_trains_all
+from stagewise.modeling.generation import generating_base, save_end
 from stagewise.modeling.liger import liger_config
 from stagewise.modeling.quantization import Quantization
 from stagewise.modeling.rope_scaling import rope_setting
@@ -279,7 +280,7 @@ def train_and_save(
     """
     stage_fields |= {"rope": rope_setting(trainer.model.config), "layout": lineage.layout_of(trainer.args)}
     trainer.full_speed = memory.full_speed if memory is not None else None
-    trainer.checkpoint_writers.append(lambda folder: lineage.write_stage(folder, **stage_fields))
+    trainer.checkpoint_writers.append(lambda folder: _describe(trainer, stage_fields, folder))
     if checkpoint is not None and checkpoint_step(checkpoint) >= total_steps(trainer):
         logger.info("%s is at the end of the run: nothing left to train", checkpoint)
         trainer._load_from_checkpoint(checkpoint)
@@ -311,7 +312,7 @@ def train_and_save(
         if trainer.args.should_save:
             check_saved(partial)
             (partial / CARD).unlink(missing_ok=True)  # peft's; ours comes with the figures of the run
-            lineage.write_stage(partial, **stage_fields)
+            _describe(trainer, stage_fields, partial)
         trainer.args.machines.mirror(partial, trainer.args.device)
         if trainer.args.machines.keeps:
             add_to_list(output, [path.name for path in partial.iterdir()])
@@ -319,6 +320,13 @@ def train_and_save(
         trainer.save_state()
         trainer.save_metrics("train", metrics)
     return metrics
+
+
+def _describe(trainer: Trainer, stage_fields: Mapping[str, object], folder: Path) -> None:
+    lineage.write_stage(folder, **stage_fields)
+    base = generating_base(trainer.model)
+    if stage_fields["adapter"] and base is not None:
+        save_end(base, folder)
 
 
 def _with_way_back(error: TrainingDiverged, output_dir: str) -> TrainingDiverged:

@@ -22,7 +22,7 @@ from stagewise.errors import InputError, first_line
 from stagewise.modeling.base_tensors import BaseTensors
 from stagewise.modeling.loading import is_reward_model, prepare_scoring
 from stagewise.modeling.model_check import check_fits
-from stagewise.modeling.model_files import local_path
+from stagewise.modeling.model_files import local_path, read_json
 from stagewise.modeling.model_shape import empty_model, saved_adapter
 from stagewise.modeling.quantization import Quantization, QuantizedTwin, TrainedBase, trained_quantization
 from stagewise.modeling.rope_scaling import config_of_adapter
@@ -44,7 +44,7 @@ from stagewise.run.preflight import check_apart
 
 logger = logging.getLogger(__name__)
 
-REPORT = "merge_report.json"
+REPORT, GENERATION_CONFIG = "merge_report.json", "generation_config.json"
 # Share of the positions of the proof where both first choices must be the same token: for the sum in float32, where a
 # difference means a wrong merge, and for the saved weights, whose cast may turn a near tie.
 MIN_MERGED_AGREEMENT = 0.99
@@ -325,7 +325,7 @@ def merge(
             "quantization": asdict(found.quantization) if found.quantization else None,
         }
         _judge(report, found, lora_model)
-        _save_settings(found, tokenizer, folder)
+        _save_settings(found, tokenizer, Path(lora_model), folder)
         stage = lineage.read_stage(lora_model) or {"base_model": base_model}
         known = {key: value for key, value in stage.items() if key not in ("versions", "created")}
         changed = {"adapter": False, "merged_from": lora_model, "dtype": report["dtype"], "quantization": None}
@@ -406,20 +406,35 @@ def _judge(report: dict, found: Merge, lora_model: str) -> None:
         )
 
 
-def _save_settings(found: Merge, tokenizer, folder: Path) -> None:
-    """Everything beside the weights that the base has and a model needs."""
+def _save_settings(found: Merge, tokenizer, adapter: Path, folder: Path) -> None:
+    """Everything beside the weights that the base has and a model needs; answers end where the adapter learnt to."""
+    if not found.scores:
+        _settle_end(found, tokenizer, adapter, folder / GENERATION_CONFIG)
     found.config.save_pretrained(folder)
-    generation = getattr(found.stream.model, "generation_config", None)
-    if (found.folder / "generation_config.json").is_file():
-        shutil.copy2(found.folder / "generation_config.json", folder)
-    elif generation is not None and not found.scores:
-        generation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for pattern in COPIED:
         check_links(f"--base_model {found.folder}", found.folder, pattern)
         for source in found.folder.glob(pattern):
             if not (folder / source.name).exists():
                 shutil.copy2(source, folder)
+
+
+def _settle_end(found: Merge, tokenizer, adapter: Path, target: Path) -> None:
+    """generation_config.json as the base has it, and where answers end as the adapter's says."""
+    own = found.folder / GENERATION_CONFIG
+    if own.is_file():
+        settings = read_json("--base_model", own)
+    else:
+        generation = getattr(found.stream.model, "generation_config", None)
+        settings = json.loads(generation.to_json_string()) if generation is not None else {}
+    if (adapter / GENERATION_CONFIG).is_file():
+        ends = read_json("--lora_model", adapter / GENERATION_CONFIG).get("eos_token_id")
+        if ends is not None:
+            settings["eos_token_id"] = ends
+        config = found.config.get_text_config()
+        if tokenizer.eos_token_id is not None and not isinstance(config.eos_token_id, list):
+            config.eos_token_id = tokenizer.eos_token_id  # as the Trainer has it when all weights are trained
+    target.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def push(output_dir: str, hub_name: str, token: str | None) -> None:
