@@ -421,19 +421,20 @@ def _save_settings(found: Merge, tokenizer, adapter: Path, folder: Path) -> None
 
 def _settle_end(found: Merge, tokenizer, adapter: Path, target: Path) -> None:
     """generation_config.json as the base has it, and where answers end as the adapter's says."""
-    own = found.folder / GENERATION_CONFIG
+    own, trained = found.folder / GENERATION_CONFIG, adapter / GENERATION_CONFIG
     if own.is_file():
         settings = read_json("--base_model", own)
     else:
         generation = getattr(found.stream.model, "generation_config", None)
         settings = json.loads(generation.to_json_string()) if generation is not None else {}
-    if (adapter / GENERATION_CONFIG).is_file():
-        ends = read_json("--lora_model", adapter / GENERATION_CONFIG).get("eos_token_id")
-        if ends is not None:
-            settings["eos_token_id"] = ends
-        config = found.config.get_text_config()
-        if tokenizer.eos_token_id is not None and not isinstance(config.eos_token_id, list):
-            config.eos_token_id = tokenizer.eos_token_id  # as the Trainer has it when all weights are trained
+    ends = read_json("--lora_model", trained).get("eos_token_id") if trained.is_file() else None
+    config = found.config.get_text_config()
+    if ends is not None and tokenizer.eos_token_id is not None and not isinstance(config.eos_token_id, list):
+        config.eos_token_id = tokenizer.eos_token_id  # as the Trainer has it when all weights are trained
+    if own.is_file() and ends in (None, settings.get("eos_token_id")):
+        shutil.copy2(own, target)
+        return
+    settings |= {} if ends is None else {"eos_token_id": ends}
     target.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
