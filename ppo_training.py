@@ -194,6 +194,7 @@ def main(argv: list[str] | None = None) -> dict:
     # 3. data
     with first_process_first(args, "data"):
         data = loading.load_prompts(data_args, renderer, tokenizer, prompts, args)
+    lineage.check_data(checkpoint, data.fingerprint)
     memory = plan_memory("ppo", (model_args, *arguments[1:]), tokenizer, data.train, limit)
     if run_args.dry_run:
         return lifecycle.report_dry_run(args, data.report, data.train, memory, ppo_args.num_mini_batches)

@@ -92,6 +92,7 @@ def main(argv: list[str] | None = None) -> dict:
             pt_args.document_separator,
             pt_args.keep_linebreaks,
         )
+    lineage.check_data(checkpoint, data.fingerprint)
     tasks.check(data.train, data.validation, args)
 
     memory = plan_memory("pt", (model_args, *arguments[1:]), tokenizer, data.train, block_size)

@@ -100,6 +100,7 @@ def main(argv: list[str] | None = None) -> dict:
     # 3. data
     with first_process_first(args, "data"):
         data = loading.load_preferences(data_args, renderer, tokenizer, encoding, args)
+    lineage.check_data(checkpoint, data.fingerprint)
     if args.should_log:
         preference_audit.print_audit(data.label_audit, data.sample, tokenizer, rm_args.audit_rows)
     memory = plan_memory("rm", arguments, tokenizer, data.train, encoding.max_length, bool(new_tokens))

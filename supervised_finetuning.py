@@ -106,6 +106,7 @@ def main(argv: list[str] | None = None) -> dict:
     # 3. data
     with first_process_first(args, "data"):
         data = loading.load_conversations(data_args, renderer, tokenizer, encoding, args)
+    lineage.check_data(checkpoint, data.fingerprint)
     if args.should_log:
         audit.print_audit(data.label_audit, data.sample, tokenizer, sft_args.audit_rows)
     train = pack_rows(data.train, encoding.max_length, sft_args.packing_strategy) if sft_args.packing else data.train

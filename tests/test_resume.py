@@ -1,6 +1,7 @@
 """A resumed run equals an uninterrupted one: the same losses at every step, the same final weights."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -73,3 +74,20 @@ def test_a_used_output_dir_is_refused_or_replaced(tiny_model_dir, text_file, tmp
     run_pt(tiny_model_dir, text_file, tmp_path, *LORA, *flags)
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_other_rows_are_not_gone_on_with(tiny_model_dir, sft_file, tmp_path):
+    """Nor fewer of them; the same rows in another place are the same rows."""
+    flags = (*LORA, "--save_steps", "2", "--max_steps", "2")
+    run_sft(tiny_model_dir, sft_file, tmp_path / "out", *flags)
+    moved = tmp_path / "moved" / Path(sft_file).name
+    moved.parent.mkdir()
+    rows = Path(sft_file).read_text().splitlines(keepends=True)
+    resumed = (*LORA, "--resume_from_checkpoint", "True", "--max_steps", "3")
+    for changed in (rows[:-4], [*rows[1:], rows[0]], [rows[0].replace("plus", "and"), *rows[1:]]):
+        moved.write_text("".join(changed))
+        with pytest.raises(InputError, match="other training rows.*--peft_path"):
+            run_sft(tiny_model_dir, str(moved), tmp_path / "out", *resumed)
+    moved.write_text("".join(rows))
+    run_sft(tiny_model_dir, str(moved), tmp_path / "out", *resumed)
+    assert max(losses(tmp_path / "out")) == 3

@@ -74,6 +74,22 @@ def check_resumed(checkpoint: str | None, config: PretrainedConfig) -> None:
         )
 
 
+def check_data(checkpoint: str | None, fingerprint: str) -> None:
+    """Refuse to go on with other rows: what was trained, and what is left, would be counted in rows of the first data.
+
+    Raises:
+        InputError: the checkpoint says what it was trained on, and it is not what there is now.
+    """
+    then = (read_stage(checkpoint) or {}).get("data_fingerprint") if checkpoint else None
+    if then is not None and then != fingerprint:
+        raise InputError(
+            f"--resume_from_checkpoint {checkpoint}: its run was begun on other training rows (their number, content "
+            "or order, or what limits and splits them), so that rows would be trained twice or never; give it the "
+            "data of then, or train on from its result in a folder of its own (--peft_path, or --model_name_or_path "
+            "where all weights are trained)"
+        )
+
+
 def layout_of(args) -> dict[str, str | int]:
     """What a step is made of: engine ("plain", "zero2", "fsdp"), processes, rows_per_step of all of them, precision of
     its products ("bf16", "fp16", "float32").
