@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.run.preflight import check_start
     from stagewise.trainers.dpo import dpo_config, dpo_trainer_class
 
-    check_start(arguments, {"--ref_model_name_or_path": dpo_args.ref_model_name_or_path})
+    check_start("dpo", arguments, {"--ref_model_name_or_path": dpo_args.ref_model_name_or_path})
     checkpoint = lifecycle.start_run(args, run_args)
     quantization = plan_quantization(model_args, lora_args, args)
     config = dpo_config(

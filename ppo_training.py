@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.run.preflight import check_start
     from stagewise.trainers.ppo import PPOSettings, PPOTrainer, check_settings
 
-    check_start(arguments, {"--reward_model_path": ppo_args.reward_model_path})
+    check_start("ppo", arguments, {"--reward_model_path": ppo_args.reward_model_path})
     checkpoint = lifecycle.start_run(args, run_args)
     check_settings(args, ppo_args.total_episodes)
     quantization = plan_quantization(model_args, lora_args, args)

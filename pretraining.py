@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.run.preflight import check_start
     from stagewise.trainers.causal_lm import CausalLMTrainer
 
-    check_start(arguments)
+    check_start("pt", arguments)
     checkpoint = lifecycle.start_run(args, run_args)
     quantization = plan_quantization(model_args, lora_args, args)
     tasks = plan_tasks(pt_args, data_args, args)

@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.run.preflight import check_start
     from stagewise.trainers.reward import PairwiseRewardTrainer
 
-    check_start(arguments)
+    check_start("rm", arguments)
     checkpoint = lifecycle.start_run(args, run_args)
     quantization = plan_quantization(model_args, lora_args, args)
 

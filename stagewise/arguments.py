@@ -380,9 +380,11 @@ class StageTrainingArguments(TrainingArguments):
     multiplies in it unless another precision is asked for, and in TF32 what stays float32.
 
     precision_note: in what precision products are that was not asked for, and how to choose another; else None.
+    said_greater_is_better: whether --greater_is_better was given; the parent guesses by the figure's name.
     """
 
     precision_note: str | None = field(default=None, init=False)
+    said_greater_is_better: bool = field(default=False, init=False)
 
     # None until __post_init__, to tell "not given" from False; bool afterwards, as in the parent.
     do_train: bool | None = _option(None, "Train; with neither --do_train nor --do_eval given, both are on.")  # type: ignore[assignment]
@@ -412,6 +414,7 @@ class StageTrainingArguments(TrainingArguments):
         self.save_on_each_node = False
         settle_engine(self)
         self._settle_precision()
+        self.said_greater_is_better = self.greater_is_better is not None  # type: ignore[has-type]
         super().__post_init__()
         if not self.use_cpu and self.tf32 is not False:
             # transformers' --tf32 uses a newer interface alone, and what compiles kernels still reads this one

@@ -366,7 +366,7 @@ def _load_splits(
         train, validation = sources.split_validation(train, args.validation_split_percentage, seed)
     else:
         validation = {}
-    report = {
+    report: dict[str, dict[str, Any]] = {
         "train": {"datasets": {name: found.to_dict() for name, found in train_reports.items()}},
         "validation": {"datasets": {name: found.to_dict() for name, found in validation_reports.items()}},
     }
@@ -382,8 +382,8 @@ def _fingerprint(records: Dataset) -> str:
     """Of how many rows there are and what stands in 256 of them: the same wherever the files lie, and on another day
     for a template that prints the date.
     """
-    chosen = np.unique(np.linspace(0, len(records) - 1, 256).astype(int)) if len(records) else []
-    rows = records.select(chosen)["record"] if len(chosen) else []
+    chosen = np.unique(np.linspace(0, max(0, len(records) - 1), min(256, len(records))).astype(int))
+    rows = records.select(chosen)["record"]
     return hashlib.sha256(json.dumps([len(records), *rows]).encode()).hexdigest()[:16]
 
 

@@ -22,12 +22,14 @@ from stagewise.modeling.model_files import (
 from stagewise.modeling.model_shape import adapter_base
 from stagewise.modeling.untrusted import check_links, check_named_base
 from stagewise.run.lineage import read_stage
+from stagewise.run.settings import check_settings
 
 
-def check_start(arguments: Sequence[Any], models: Mapping[str, str | None] | None = None) -> None:
+def check_start(stage: str, arguments: Sequence[Any], models: Mapping[str, str | None] | None = None) -> None:
     """Every folder that the run will read, and the settings of its training loop.
 
     Args:
+        stage: "pt", "sft", "rm", "ppo" or "dpo".
         arguments: the stage's groups in their order: model, LoRA, data, run, stage, training.
         models: further models of the stage, by flag; None where the flag is not given.
 
@@ -57,6 +59,8 @@ def check_start(arguments: Sequence[Any], models: Mapping[str, str | None] | Non
     )
     _check_reports(args)
     _check_schedule(args, run_args.min_lr)
+    spec = data_args.validation_file_dir or data_args.train_file_dir
+    check_settings(stage, args, source_names(spec) if spec else ())
     if run_args.early_stopping_stall_num and args.eval_strategy == "no":
         raise InputError(
             "--early_stopping_stall_num: needs evaluations; pass --eval_strategy steps (and --eval_steps)"
@@ -188,13 +192,22 @@ def _check_schedule(args: TrainingArguments, min_lr: float | None) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     options = dict(args.lr_scheduler_kwargs or {})
     name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-    try:
-        schedule = get_scheduler(
-            name, optimizer, num_warmup_steps=1, num_training_steps=100, scheduler_specific_kwargs=options
+
+    def schedule_with(warmup: int):
+        return get_scheduler(
+            name, optimizer, num_warmup_steps=warmup, num_training_steps=100, scheduler_specific_kwargs=options
         )
+
+    try:
+        schedule = schedule_with(1)
     except (TypeError, ValueError) as error:
         raise InputError(
             f"--lr_scheduler_kwargs: found {options} for --lr_scheduler_type {name}: {first_line(error)}"
         ) from error
+    if args.warmup_steps and schedule_with(50).get_last_lr() == schedule_with(0).get_last_lr():
+        raise InputError(
+            f"--warmup_steps: --lr_scheduler_type {name} has no warm-up and would begin with the whole learning rate; "
+            "choose another, such as constant_with_warmup, or leave the flag out"
+        )
     if min_lr is not None and not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
         raise InputError(f"--min_lr: --lr_scheduler_type {name} takes no floor; leave one of them out")

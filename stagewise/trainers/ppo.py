@@ -106,8 +106,6 @@ class PPOTrainer(StageTrainerMixin, Trainer):
         check_settings(kwargs["args"], total_episodes)
         if kwargs["args"].ddp_find_unused_parameters is None:
             kwargs["args"].ddp_find_unused_parameters = False  # every step uses all that is trained
-        if kwargs["args"].metric_for_best_model in ("loss", "eval_loss"):  # what others default to
-            kwargs["args"].metric_for_best_model, kwargs["args"].greater_is_better = "eval_scores", True
         if total_episodes is not None:
             kwargs["args"].max_steps = math.ceil(total_episodes / _episodes_per_step(kwargs["args"], settings))
         super().__init__(*args, **kwargs)
@@ -496,7 +494,6 @@ def check_settings(args, total_episodes: int | None) -> None:
             total_episodes is not None and args.max_steps > 0,
             "--total_episodes: found beside --max_steps; give one of them",
         ),
-        (args.label_smoothing_factor, "--label_smoothing_factor: PPO has no labels to smooth; leave it at 0"),
         (
             args.neftune_noise_alpha,
             "--neftune_noise_alpha: with noise in the updates, policy and sampled log-probabilities would differ by "
