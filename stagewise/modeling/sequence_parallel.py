@@ -270,6 +270,9 @@ def check_shards(model: PreTrainedModel, size: int, args: ModelArguments) -> Non
     """
     config, name = model.config.get_text_config(), type(model).__name__
     kernel = model.config._attn_implementation
+    problem = obstacle(model)
+    if problem is not None:
+        raise InputError(f"{FLAG}: {name} {problem}; leave it out")
     if kernel != "sdpa":
         raise InputError(
             f"{FLAG}: parts of rows were never shown right with the attention kernel {kernel}; leave "
@@ -283,9 +286,6 @@ def check_shards(model: PreTrainedModel, size: int, args: ModelArguments) -> Non
             f"{FLAG}: the load balance of {name}'s experts is a mean over whole rows, which no process has; pass "
             "--router_aux_loss_coef 0"
         )
-    problem = obstacle(model)
-    if problem is not None:
-        raise InputError(f"{FLAG}: {name} {problem}; leave it out")
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise InputError(f"{FLAG}: {name} takes no position_ids, so no part could know its place; leave it out")
     heads = config.num_attention_heads
