@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> dict:
     model = load_causal_lm(
         model_args, tokenizer, not lora_args.use_peft, args.label_smoothing_factor, quantization=quantization
     )
-    settle_attention(model, model_args, args.torch_compile)
+    settle_attention(model, model_args, args)
     collator = CausalLMCollator(
         tokenizer.pad_token_id,
         data.names,

@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> dict:
         model_args, tokenizer, not lora_args.use_peft, args.label_smoothing_factor, quantization=quantization
     )
     settle_end(model, tokenizer, renderer.stop_tokens, template is not None)
-    settle_attention(model, model_args, args.torch_compile)
+    settle_attention(model, model_args, args)
     collator = CausalLMCollator(
         tokenizer.pad_token_id, data.names,
         flash=is_flash(model.config._attn_implementation), sample_ids=tasks.weighs_tokens,

@@ -379,10 +379,12 @@ class StageTrainingArguments(TrainingArguments):
     output_dir has no default, so that no run lands in a folder that nobody chose. And an accelerator with bfloat16
     multiplies in it unless another precision is asked for, and in TF32 what stays float32.
 
+    sp_size: how many processes share a row, as --parallelism_config says.
     precision_note: in what precision products are that was not asked for, and how to choose another; else None.
     said_greater_is_better: whether --greater_is_better was given; the parent guesses by the figure's name.
     """
 
+    sp_size: int = field(default=1, init=False)
     precision_note: str | None = field(default=None, init=False)
     said_greater_is_better: bool = field(default=False, init=False)
 
@@ -394,7 +396,8 @@ class StageTrainingArguments(TrainingArguments):
         None, "Mixed precision in bfloat16; unset: on where an accelerator has it and no other precision is asked for."
     )
     parallelism_config: None | str | dict = _option(  # type: ignore[assignment]
-        None, "Refused: neither rows nor layers are cut among devices."
+        None,
+        'PT and SFT: {"sp_size": N}, or a file with it, has N processes share each row, for rows too long for one.',
     )
     report_to: None | str | list[str] = _option(
         "tensorboard", "Where metrics go: tensorboard, wandb and others, separated by commas; all; none."
@@ -593,7 +596,7 @@ _HOW_TO = """\
 Flags, or one .json/.yaml file, or such a file followed by flags that override it.
 A switch is written --flag, --flag True or --flag False, and --no_flag where it is on
 by default; hyphens may stand for underscores."""
-_JSON_OR_PATH = ("accelerator_config", "deepspeed", "fsdp_config")
+_JSON_OR_PATH = ("accelerator_config", "deepspeed", "fsdp_config", "parallelism_config")
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -838,6 +841,11 @@ def _check_stage(arguments: Sequence[Any], prog: str) -> None:
         )
     if any(getattr(each, "_trains_on_texts", False) for each in arguments):
         return
+    if any(getattr(each, "sp_size", 1) > 1 for each in arguments):
+        raise InputError(
+            f"--parallelism_config: rows are not shared by processes in {prog}, but in pretraining.py and "
+            "supervised_finetuning.py; leave it out (--gradient_checkpointing True is for long rows)"
+        )
     if any(getattr(each, "label_smoothing_factor", 0) for each in arguments):
         raise InputError(f"--label_smoothing_factor: {prog} has no labels to smooth; leave it at 0")
     for flag in ("shift_attn", "trainable_params", "router_aux_loss_coef"):
@@ -856,8 +864,24 @@ def _check_engine(args: TrainingArguments, values: dict[str, Any]) -> None:
             f"--device_map {values['device_map']}: found beside {shards}, which shares out the weights itself; leave "
             "--device_map out"
         )
+    if getattr(args, "sp_size", 1) > 1:
+        _check_shared_rows(values)
     if args.deepspeed and values.get("on_nan") == "skip":
         raise InputError(
             "--on_nan skip: found beside --deepspeed, which changes the weights before the step can be looked at; "
             "leave it out, and the run stops there and goes on from the checkpoint before"
+        )
+
+
+def _check_shared_rows(values: dict[str, Any]) -> None:
+    """Refuse, of all groups, what was never shown right where processes share rows."""
+    if values.get("streaming"):
+        raise InputError(
+            "--streaming: found beside --parallelism_config, and each process reads rows of its own; leave one "
+            "of them out"
+        )
+    if values.get("weighted_loss_mode", "case1") not in ("case1", "token") or values.get("loss_scope") == "micro":
+        raise InputError(
+            "--weighted_loss_mode, --loss_scope: found beside --parallelism_config, and the loss of rows that several "
+            "processes share is a mean over all tokens of a step; leave them out (case1, global)"
         )

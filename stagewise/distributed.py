@@ -1,5 +1,6 @@
 """Several processes: their engine, settled before TrainingArguments joins a process group; waiting for each other."""
 
+import functools
 import itertools
 import json
 import logging
@@ -37,23 +38,19 @@ def settle_engine(args: Any) -> None:
     that there is one way on from here.
 
     Args:
-        args: TrainingArguments before their __post_init__; deepspeed and fsdp may be changed.
+        args: TrainingArguments before their __post_init__; deepspeed and fsdp may be changed, parallelism_config is
+            read into sp_size.
 
     Raises:
         InputError: a configuration that cannot be read, or whose saved model would be empty; FSDP on CPUs, where
-            accelerate would silently train with plain data parallelism; both engines; another kind of parallelism;
-            DeepSpeed is not installed.
+            accelerate would silently train with plain data parallelism; both engines; a kind of parallelism that was
+            never shown right; DeepSpeed is not installed.
     """
     if str(args.fsdp).lower() in ("true", "false"):
         args.fsdp = str(args.fsdp).lower() == "true"
     if _asked_by_accelerate("DEEPSPEED") and not args.deepspeed:
         args.deepspeed = _file_of_accelerate()
-    if args.parallelism_config or _asked_by_accelerate("PARALLELISM_CONFIG"):
-        raise InputError(
-            "--parallelism_config: neither rows nor layers can be cut among devices (context, sequence and tensor "
-            "parallelism: the loss does not know of it); for long rows use --gradient_checkpointing True, "
-            "--shift_attn True, and --fsdp True or --deepspeed zero3.json"
-        )
+    args.sp_size = _settle_rows(args)
     if uses_fsdp(args) and args.deepspeed:
         raise InputError("--fsdp: found beside --deepspeed; give one of them")
     if args.fsdp_config and not uses_fsdp(args):
@@ -68,6 +65,99 @@ def settle_engine(args: Any) -> None:
                 "model at all; set it to true in zero_optimization, as zero3.json does"
             )
         _start_deepspeed(args.use_cpu)
+
+
+def _settle_rows(args: Any) -> int:
+    """How many processes share each row, from --parallelism_config or accelerate launch.
+
+    accelerate is not told: it would have DeepSpeed do it, see stagewise.modeling.sequence_parallel.
+    """
+    flag, asked = "--parallelism_config", {}
+    if args.parallelism_config:
+        asked = _read_json(flag, args.parallelism_config)
+    elif _asked_by_accelerate("PARALLELISM_CONFIG"):
+        flag = "accelerate launch: parallelism_config"
+        variables = {f"{kind}_size": f"PARALLELISM_CONFIG_{kind.upper()}_SIZE" for kind in _CUTS}
+        asked = {name: os.environ[variable] for name, variable in variables.items() if variable in os.environ}
+        os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] = "false"
+    args.parallelism_config = None
+    sizes = _sizes(flag, asked)
+    size, world = sizes["sp"], int(os.environ.get("WORLD_SIZE", 1))
+    if world % size:
+        raise InputError(f"{flag}: sp_size {size} does not divide the {world} processes; start a multiple of it")
+    copies = sizes["dp_replicate"] * sizes["dp_shard"]
+    if copies not in (1, world // size):
+        raise InputError(
+            f"{flag}: dp_replicate_size x dp_shard_size is {copies}, and {world} processes are {world // size} times "
+            f"sp_size {size}; leave them out, --fsdp and --deepspeed say what is shared out"
+        )
+    if size > 1:
+        _check_shared_rows(flag, args)
+    return size
+
+
+_CUTS = ("dp_replicate", "dp_shard", "cp", "tp", "sp")
+_NEVER_SHOWN = {
+    "cp": "torch's context parallelism has attention for CUDA alone, so that it could not be shown on two processes "
+    'to be right; give {"sp_size": N}, which shares out the heads, under DDP, --deepspeed or --fsdp',
+    "tp": "tensor parallelism was never shown on two processes to be right; use --deepspeed zero3.json or --fsdp True "
+    'for a model that does not fit, and {"sp_size": N} for long rows',
+}
+
+
+def _sizes(flag: str, asked: dict) -> dict[str, int]:
+    """Processes by what they cut; 1 where it is not asked for."""
+    known = {f"{kind}_size": kind for kind in _CUTS}
+    sizes = dict.fromkeys(_CUTS, 1)
+    for name, value in asked.items():
+        if name == "sp_backend" and value == "deepspeed":
+            continue  # accelerate's only one, whose way with heads this is
+        if name not in known:
+            raise InputError(f'{flag}: found {name!r}; give {{"sp_size": N}}, N processes for each row, and no more')
+        if not str(value).isdecimal() or int(value) < 1:
+            raise InputError(f"{flag}: found {value!r} for {name}, expected a number of processes")
+        sizes[known[name]] = int(value)
+    for kind, why in _NEVER_SHOWN.items():
+        if sizes[kind] > 1:
+            raise InputError(f"{flag}: {kind}_size {sizes[kind]}: {why}")
+    return sizes
+
+
+def _check_shared_rows(flag: str, args: Any) -> None:
+    """What takes a process's part of a row for the row; see also stagewise.modeling.sequence_parallel.check_shards."""
+    sharing = _read_json("--accelerator_config", args.accelerator_config or {})
+    averages = args.average_tokens_across_devices
+    dealt, rebalances = "deals rows out to single processes", args.train_sampling_strategy == "batch_rebalance"
+    refused = {
+        "--neftune_noise_alpha goes by the length of a whole text; leave it out": args.neftune_noise_alpha,
+        "--torch_compile was never shown there to be right; leave it out": args.torch_compile,
+        "--use_liger_kernel was never shown there to be right; leave it out": args.use_liger_kernel,
+        "--average_tokens_across_devices False has a mean of each; leave it out": not averages,
+        f"--train_sampling_strategy batch_rebalance {dealt}; use group_by_length": rebalances,
+        f"--accelerator_config with dispatch_batches {dealt}; leave that out": sharing.get("dispatch_batches"),
+        f"--accelerator_config with split_batches {dealt}; leave that out": sharing.get("split_batches"),
+    }
+    for why, found in refused.items():
+        if found:
+            raise InputError(f"{flag}: several processes share a row, and {why}")
+
+
+def groups_of_rows(args: Any) -> int:
+    """How many batches are computed at once: processes, or where several share each row, groups of them.
+
+    args: TrainingArguments, also another library's, which share no rows.
+    """
+    return args.world_size // getattr(args, "sp_size", 1)
+
+
+@functools.cache
+def sequence_group(size: int) -> Any:
+    """The group of `size` neighbouring processes that this one shares rows with."""
+    import torch.distributed as dist
+
+    ranks = range(dist.get_world_size())
+    groups = [dist.new_group(list(ranks[first : first + size])) for first in ranks[::size]]
+    return groups[dist.get_rank() // size]
 
 
 def uses_fsdp(args: Any) -> bool:

@@ -17,6 +17,7 @@ from stagewise.arguments import ModelArguments
 from stagewise.errors import InputError, first_line
 from stagewise.modeling.document_attention import enable_document_attention
 from stagewise.modeling.s2_attention import enable_s2_attention
+from stagewise.modeling.sequence_parallel import enable_sequence_parallel
 from stagewise.modeling.small_copy import on_small_copy
 
 logger = logging.getLogger(__name__)
@@ -65,19 +66,22 @@ def require_flash_attention(kernel: str, flag: str = "--flash_attn") -> None:
         )
 
 
-def settle_attention(model: PreTrainedModel, args: ModelArguments, compiled: bool) -> None:
-    """What PT and SFT compute attention with: S2-Attn where it is asked for, else `sdpa` document by document.
+def settle_attention(model: PreTrainedModel, model_args: ModelArguments, args: TrainingArguments) -> None:
+    """What PT and SFT compute attention with: rows by heads where several processes share them, S2-Attn where it is
+    asked for, else `sdpa` document by document; nothing else under torch.compile, for which batches cut into documents
+    would be new shapes time and again.
 
     Args:
         model: a causal LM, not yet wrapped by peft.
-        compiled: torch.compile is on, for which batches cut into documents would be new shapes time and again.
 
     Raises:
-        InputError: as enable_s2_attention.
+        InputError: as enable_sequence_parallel and enable_s2_attention.
     """
-    if args.shift_attn:
-        enable_s2_attention(model, args.shift_attn_group)
-    elif not compiled:
+    if args.sp_size > 1:
+        enable_sequence_parallel(model, args)
+    elif model_args.shift_attn:
+        enable_s2_attention(model, model_args.shift_attn_group)
+    elif not args.torch_compile:
         enable_document_attention(model)
 
 

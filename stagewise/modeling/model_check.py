@@ -20,6 +20,7 @@ from stagewise.modeling.model_files import ADAPTER_WEIGHTS, Shapes, same_weights
 from stagewise.modeling.model_shape import adapter_base, empty_adapter, empty_model, saved_adapter
 from stagewise.modeling.rope_scaling import check_peft_path, check_rope
 from stagewise.modeling.s2_attention import enable_s2_attention
+from stagewise.modeling.sequence_parallel import check_shards
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,8 @@ def check_model(
         require_position_ids(model)
     _check_sizes(model_args, config, model)
     _check_options(model_args, model, scores)
+    if args.sp_size > 1:
+        check_shards(model, args.sp_size, model_args)
     trained = embedding_names(model)
     if lora_args.use_peft:
         model = empty_adapter(model, lora_args, scores, trains_new_tokens)

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from stagewise.losses.logprobs import IGNORE_INDEX, head_cross_entropy, linear_cross_entropy
 from stagewise.modeling.experts import RouterLoss
+from stagewise.modeling.sequence_parallel import shards_of
 from stagewise.modeling.small_copy import on_small_copy
 
 logger = logging.getLogger(__name__)
@@ -21,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TokenLossOutput(ModelOutput):
-    """What a forward pass with labels returns.
+    """What a forward pass with labels returns: of this process's part of the rows, where several share them (see
+    stagewise.modeling.sequence_parallel).
 
     loss: scalar, sum over trained tokens of weight * cross-entropy; in training, with router_loss added where there is
         one.
@@ -60,25 +63,29 @@ def install_token_loss(model: nn.Module, label_smoothing: float = 0.0, router_lo
     def forward(self, *args, labels: Tensor | None = None, **kwargs):
         token_weights = kwargs.pop("token_weights", None)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        shards = shards_of(self)
         if labels is None:
             return original(*args, **kwargs)
-        trained = labels[:, 1:] != IGNORE_INDEX
-        targets = labels[:, 1:][trained]
+        following = _following(labels, IGNORE_INDEX)
+        count = (following != IGNORE_INDEX).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        if shards is not None:
+            kwargs, following = shards.cut(kwargs, following, IGNORE_INDEX)
+        trained = following != IGNORE_INDEX
+        targets = following[trained]
         if token_weights is None:
-            count = max(1, targets.numel()) if num_items_in_batch is None else num_items_in_batch
             weights = torch.ones_like(targets, dtype=torch.float32) / count
         else:
-            weights = token_weights[:, 1:][trained]
+            weights = _following(token_weights, 0)[trained]
         routing = router_loss if self.training else None
         if routing is not None:
             kwargs["output_router_logits"] = True
         if chunked:
             outputs = _decode(self, *args, **kwargs)
-            hidden = outputs.last_hidden_state[:, :-1][trained]
+            hidden = outputs.last_hidden_state[trained]
             loss, nll = _head_loss(self, hidden, targets, weights, transform, label_smoothing)
         else:
             outputs = original(*args, **kwargs)
-            logits = outputs.logits[:, :-1][trained]
+            logits = outputs.logits[trained]
             loss, nll = head_cross_entropy(logits, lambda z: z, targets, weights, logits.shape[-1], label_smoothing)
         balance = None
         if routing is not None:
@@ -93,6 +100,11 @@ def install_token_loss(model: nn.Module, label_smoothing: float = 0.0, router_lo
 
     model.forward = types.MethodType(forward, model)
     return chunked
+
+
+def _following(of_tokens: Tensor, at_end: int) -> Tensor:
+    """(B, T) -> (B, T): what the next token has."""
+    return F.pad(of_tokens[:, 1:], (0, 1), value=at_end)
 
 
 def _head_loss(model, hidden, targets, weights, transform, label_smoothing):

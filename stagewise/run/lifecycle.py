@@ -16,7 +16,7 @@ import yaml
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState, set_seed
 
 from stagewise.checkpoint_files import move_into, saving
-from stagewise.distributed import uses_fsdp
+from stagewise.distributed import groups_of_rows, uses_fsdp
 from stagewise.errors import InputError, TrainingDiverged
 from stagewise.machines import agree, look
 from stagewise.modeling.attention import check_kernel
@@ -209,7 +209,7 @@ def report_dry_run(args, data_report: dict, train_dataset, memory: MemoryPlan | 
             print(memory.describe())
         size = "a stream of rows"
         if hasattr(train_dataset, "__len__"):
-            batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps * rounds
+            batch = args.per_device_train_batch_size * groups_of_rows(args) * args.gradient_accumulation_steps * rounds
             size = f"{len(train_dataset)} rows, {math.ceil(len(train_dataset) / batch)} steps an epoch"
         print(f"dry run: {size}; nothing was written")
     return {"data_report": data_report, "estimated_memory_gib": memory.gib if memory else None}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from stagewise.distributed import uses_fsdp, zero_stage
+from stagewise.distributed import groups_of_rows, uses_fsdp, zero_stage
 from stagewise.errors import InputError
 from stagewise.modeling.loading import is_reward_model
 from stagewise.modeling.model_files import read_json
@@ -95,7 +95,7 @@ def layout_of(args) -> dict[str, str | int]:
     its products ("bf16", "fp16", "float32").
     """
     engine = "fsdp" if uses_fsdp(args) else f"zero{zero_stage(args)}" if args.deepspeed else "plain"
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * groups_of_rows(args)
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "float32"
     return {"engine": engine, "processes": args.world_size, "rows_per_step": rows, "precision": precision}
 
@@ -112,7 +112,7 @@ def check_layout(checkpoint: str | None, args) -> None:
     if then is None:
         return
     now, flag = layout_of(args), f"--resume_from_checkpoint {checkpoint}"
-    rows, small = then["rows_per_step"], args.per_device_train_batch_size * args.world_size
+    rows, small = then["rows_per_step"], args.per_device_train_batch_size * groups_of_rows(args)
     if rows != now["rows_per_step"]:
         remedy = f"--gradient_accumulation_steps {rows // small}" if rows % small == 0 else f"{rows} rows a step again"
         raise InputError(

@@ -171,7 +171,7 @@ def _setup(
     quantization = Quantization.of_config(getattr(config, "quantization_config", None)) or asked_for(model_args)
     setup = TrainingSetup(
         rows=pairs * args.per_device_train_batch_size,
-        length=length,
+        length=math.ceil(length / args.sp_size),  # of this process
         padded=not getattr(stage_args, "packing", False),
         weight_bytes=weight_itemsize(model_args, config, trains_all=not lora_args.use_peft),
         autocast=(args.bf16 or args.fp16) and not args.deepspeed,

@@ -10,7 +10,9 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer
 
 from stagewise.data.tasks import TaskPlan
+from stagewise.distributed import groups_of_rows
 from stagewise.losses.multitask import task_counts, token_weights
+from stagewise.modeling.sequence_parallel import shards_of, sharing_rows
 from stagewise.trainers.stage import DATASET_ID, NUM_TOKENS, SAMPLE_IDS, StageTrainerMixin
 from stagewise.trainers.task_weights import FollowValidation
 
@@ -48,6 +50,23 @@ class CausalLMTrainer(StageTrainerMixin, Trainer):
         self._task_sums: Tensor | None = None  # since the last log: nll and trained tokens of each task
         self._task_rows: DataLoader | None = None  # what the tasks are measured on between evaluations
         self.label_smoother = None  # the model's own loss smooths
+        base = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        self.row_shards = shards_of(base)  # where processes share rows
+
+    def get_cp_size(self) -> int:
+        """How many processes have the same batch: the Trainer counts rows and tokens of a step by it."""
+        return self.args.world_size // groups_of_rows(self.args)
+
+    def get_train_dataloader(self):
+        with sharing_rows(self.accelerator, self.row_shards):
+            return super().get_train_dataloader()
+
+    def count_tokens(self, num_tokens: Tensor | None) -> None:
+        if self.row_shards is None or self.row_shards.rank == 0:  # the others have the same rows
+            super().count_tokens(num_tokens)
+
+    def floating_point_ops(self, inputs) -> int:
+        return super().floating_point_ops(inputs) // self.get_cp_size()
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one step, with the weights of their tokens where these differ.
@@ -137,10 +156,15 @@ class CausalLMTrainer(StageTrainerMixin, Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Returns (None, (negative log-likelihoods, counts) of each row's trained tokens, dataset ids), (B,) each."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            _, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        stats = (outputs["row_nll"], outputs["row_tokens"])
+        inputs, shards = self._prepare_inputs(inputs), self.row_shards
+        batches = [inputs] if shards is None else shards.batches(inputs)  # each process has rows of its own here
+        found = []
+        for batch in batches:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                _, outputs = self.compute_loss(model, batch, return_outputs=True)
+            stats = (outputs["row_nll"], outputs["row_tokens"])
+            found.append(stats if shards is None else tuple(map(shards.total, stats)))
+        stats = found[0 if shards is None else shards.rank]
         return None, stats, inputs.get(DATASET_ID, torch.zeros_like(stats[1]))
 
     def _evaluation_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
