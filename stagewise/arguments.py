@@ -59,6 +59,19 @@ def _names(flag: str, text: str | None) -> tuple[str, ...]:
     return names
 
 
+def parse_columns(text: str | None) -> tuple[tuple[str, str], ...]:
+    """--columns as (key, column of the file) pairs: "question=Question" is (("question", "Question"),).
+
+    Raises InputError where it is written otherwise, or names a key or a column twice.
+    """
+    pairs = [tuple(map(str.strip, part.partition("=")[::2])) for part in _names("columns", text)]
+    written = all(key and column for key, column in pairs)
+    _require(written, "columns", text, "key=column pairs such as question=Question,answer=Response")
+    for side in zip(*pairs, strict=True):
+        _require(len(set(side)) == len(side), "columns", text, "each key and each column once")
+    return tuple((key, column) for key, column in pairs)
+
+
 @dataclass
 class ModelArguments:
     """Which model and tokenizer, and how the weights are loaded."""
@@ -237,6 +250,9 @@ class DataArguments:
     validation_file_dir: str | None = _option(None, "Evaluation data: folders or files, likewise.")
     dataset_name: str | None = _option(None, "Data set on the hub, in place of --train_file_dir.")
     dataset_config_name: str | None = _option(None, "Configuration of that data set.")
+    columns: str | None = _option(
+        None, "Columns under other names: question=Question,answer=Response; the key first, then the file's column."
+    )
     max_train_samples: int | None = _option(-1, "Train on this many rows of the mixture; -1 is all.")
     max_eval_samples: int | None = _option(-1, "Evaluate on this many rows; -1 is all.")
     max_samples_per_dataset: int | None = _option(
@@ -292,6 +308,7 @@ class DataArguments:
             )
         _names("train_file_dir", self.train_file_dir)
         _names("validation_file_dir", self.validation_file_dir)
+        parse_columns(self.columns)
 
     def _check_mixing(self) -> None:
         shares = self.mix_probabilities

@@ -23,10 +23,18 @@ from stagewise.losses.logprobs import IGNORE_INDEX
 from template import Rendered, Template, TemplateError
 
 # Part of every cache key: raise it when the ids or labels of the same input change.
-ENCODING_VERSION = 2
+ENCODING_VERSION = 3
 TOO_LONG = "more than max_length"
+NOTHING_TRAINED = "no trained token: no answer has a span, or --train_on last meets an answer of weight 0"
+QUESTION_TOO_LONG = "no trained token left after truncation to max_length"
 
 Messages = list[dict]
+
+
+def special_tokens(tokenizer) -> tuple[str, ...]:
+    """The texts that the tokenizer takes for a special token wherever they stand; its template writes some of them."""
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return tuple(dict.fromkeys((*tokenizer.all_special_tokens, *added)))
 
 
 class Renderer(Protocol):
@@ -54,10 +62,11 @@ class TemplateRenderer:
     def __init__(self, template: Template, tokenizer):
         self.template = template
         self.bos_token, self.eos_token = tokenizer.bos_token, tokenizer.eos_token
-        self.control_tokens = template.control_tokens(self.eos_token)
+        written = template.control_tokens(self.eos_token)
+        self.control_tokens = tuple(dict.fromkeys((*written, *special_tokens(tokenizer))))
         self.stop_tokens = template.stop_tokens(self.eos_token)
         self.fingerprint = json.dumps([template.to_jinja(), self.bos_token, self.eos_token])
-        split = [t for t in self.control_tokens if len(tokenizer(t, add_special_tokens=False).input_ids) != 1]
+        split = [t for t in written if len(tokenizer(t, add_special_tokens=False).input_ids) != 1]
         if split:
             raise InputError(
                 f"--template_name {template.name}: {', '.join(split)} is not one token of this tokenizer, so it "
@@ -90,7 +99,7 @@ class TokenizerRenderer:
                 "`python template.py` lists the templates"
             )
         self.tokenizer = tokenizer
-        self.control_tokens = tuple(tokenizer.all_special_tokens)
+        self.control_tokens = special_tokens(tokenizer)
         self.fingerprint = json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map])
         probe = self.render([{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}])
         answer = probe.text[slice(*probe.spans[-1])]
@@ -168,18 +177,32 @@ def encode_conversations(
     rows = []
     encodings = encode_texts([r.text for r in rendered], tokenizer)
     for conversation, text, (ids, offsets) in zip(conversations, rendered, encodings, strict=True):
-        truncated = ""
+        truncated, weights = "", _weights(conversation, text.spans)
         if len(ids) > options.max_length:
             if options.on_too_long != "truncate":
                 rows.append(Encoded([], [], dropped=f"{len(ids)} tokens, {TOO_LONG} {options.max_length}"))
                 continue
             text, ids, offsets, truncated = _truncate(conversation, renderer, tokenizer, options.max_length)
-        labels = label_ids(ids, offsets, text.spans, options.train_on, options.train_on_prompt)
+        labels = label_ids(ids, offsets, text.spans, options.train_on, options.train_on_prompt, weights and weights[: len(text.spans)])
         if count_trained(labels[1:]) == 0:  # the first token is not predicted
-            rows.append(Encoded([], [], dropped="no trained token left after truncation to max_length"))
+            rows.append(Encoded([], [], dropped=QUESTION_TOO_LONG if truncated else NOTHING_TRAINED))
         else:
             rows.append(Encoded(ids, labels, truncated=truncated))
     return rows
+
+
+def _weights(conversation: Conversation, spans: Sequence) -> list[int] | None:
+    """The weight of each answer, which is that of its span, or None where every answer is trained.
+
+    Raises:
+        TemplateError: the template gives some answers no span, and it cannot be told which.
+    """
+    weights = [message.get("weight", 1) for message in conversation.messages if message["role"] == "assistant"]
+    if all(weights):
+        return None
+    if len(spans) != len(weights):
+        raise TemplateError("an answer has weight 0, and the template renders earlier answers differently")
+    return weights
 
 
 class _Offsets(Sequence):
@@ -230,21 +253,26 @@ def label_ids(
     spans: Sequence[tuple[int, int]],
     train_on: str = "all",
     train_on_prompt: bool = False,
+    weights: Sequence[int] | None = None,
 ) -> list[int]:
     """The ids of tokens that carry a character of a trained span, IGNORE_INDEX elsewhere.
 
     A token that straddles the start of a span is trained; one that starts at or after its end is not. Several tokens
-    of one multi-byte character share its offsets and stay together.
+    of one multi-byte character share its offsets and stay together. A span of weight 0 (`weights` has one for each
+    span, or is None for 1 everywhere) is never trained, by train_on_prompt neither.
     """
+    labels = list(ids) if train_on_prompt else [IGNORE_INDEX] * len(ids)
+    weighed = [(span, 1) for span in spans] if weights is None else list(zip(spans, weights, strict=True))
     if train_on_prompt:
-        return list(ids)
-    labels = [IGNORE_INDEX] * len(ids)
-    for start, end in spans[-1:] if train_on == "last" else spans:
+        weighed = [(span, weight) for span, weight in weighed if not weight]
+    elif train_on == "last":
+        weighed = weighed[-1:]
+    for (start, end), weight in weighed:
         first = bisect_left(offsets, start, key=itemgetter(0))
         while first > 0 and offsets[first - 1][1] > start:
             first -= 1
         stop = bisect_left(offsets, end, lo=first, key=itemgetter(0))
-        labels[first:stop] = ids[first:stop]
+        labels[first:stop] = ids[first:stop] if weight else [IGNORE_INDEX] * (stop - first)
     return labels
 
 
@@ -350,6 +378,14 @@ def map_batches(
     )
 
 
+def remedy(reason: str) -> str:
+    """What to do about a row that is dropped for `reason`."""
+    if reason == QUESTION_TOO_LONG:
+        return "raise --model_max_length, or pass --on_too_long drop, which leaves rows that are too long out"
+    limits = {"max_prompt_length": "--max_prompt_length", "max_length": "--model_max_length"}
+    return next((f"raise {flag}" for name, flag in limits.items() if name in reason), "mend the row")
+
+
 def drop_unusable(dataset: Dataset, on_bad_row: str = "error", harmless: str | None = None) -> Dataset:
     """Without the rows that tokenization could not use.
 
@@ -367,12 +403,11 @@ def drop_unusable(dataset: Dataset, on_bad_row: str = "error", harmless: str | N
     if fatal and on_bad_row != "skip":
         first, reason = dataset[fatal[0]]["location"], reasons[fatal[0]].as_py()
         more = f" ({len(fatal) - 1} more rows cannot be used)" if len(fatal) > 1 else ""
-        limits = {"max_prompt_length": "--max_prompt_length", "max_length": "--model_max_length"}
-        remedy = next((f"raise {flag}" for name, flag in limits.items() if name in reason), "mend the row")
-        raise InputError(f"{first}: {reason}{more}; {remedy}, or pass --on_bad_row skip")
+        raise InputError(f"{first}: {reason}{more}; {remedy(reason)}, or pass --on_bad_row skip")
     if len(fatal) > MAX_BAD_SHARE * len(dataset):
+        first, reason = dataset[fatal[0]]["location"], reasons[fatal[0]].as_py()
         raise InputError(
             f"{len(fatal)} of {len(dataset)} rows cannot be used, more than {MAX_BAD_SHARE:.0%}, so --on_bad_row skip "
-            f"does not apply: mend them; the first: {dataset[fatal[0]]['location']}: {reasons[fatal[0]].as_py()}"
+            f"does not apply: {remedy(reason)}; the first: {first}: {reason}"
         )
     return dataset.select(np.setdiff1d(np.arange(len(dataset)), bad))
