@@ -23,6 +23,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 from transformers.utils import is_torch_tf32_available
 
+from stagewise.columns import parse_columns
 from stagewise.devices import device_name, multiplies_bf16
 from stagewise.distributed import deepspeed_settings, settle_engine, uses_fsdp, zero_stage
 from stagewise.errors import InputError
@@ -57,19 +58,6 @@ def _names(flag: str, text: str | None) -> tuple[str, ...]:
     names = tuple(part.strip() for part in text.split(","))
     _require(all(names), flag, text, "names separated by commas, none of them empty")
     return names
-
-
-def parse_columns(text: str | None) -> tuple[tuple[str, str], ...]:
-    """--columns as (key, column of the file) pairs: "question=Question" is (("question", "Question"),).
-
-    Raises InputError where it is written otherwise, or names a key or a column twice.
-    """
-    pairs = [tuple(map(str.strip, part.partition("=")[::2])) for part in _names("columns", text)]
-    written = all(key and column for key, column in pairs)
-    _require(written, "columns", text, "key=column pairs such as question=Question,answer=Response")
-    for side in zip(*pairs, strict=True):
-        _require(len(set(side)) == len(side), "columns", text, "each key and each column once")
-    return tuple((key, column) for key, column in pairs)
 
 
 @dataclass
@@ -279,7 +267,7 @@ class DataArguments:
     )
     on_bad_row: Literal["error", "skip"] = _option("error", "Rows that cannot be used stop the run, or are left out.")
     allow_mixed: bool = _option(False, "Allow rows of several formats in one file.")
-    keep_control_tokens: bool = _option(False, "Allow the template's control tokens inside the text of a row.")
+    keep_control_tokens: bool = _option(False, "Allow special tokens in the text of a row; they become the real ones.")
     assistant_name: str | None = _option(None, "Fills <NAME> and {{name}} in self-cognition data.")
     assistant_author: str | None = _option(None, "Fills <AUTHOR> and {{author}} in self-cognition data.")
     use_reference: bool = _option(False, "Put the field `reference` of law triplets in front of the question.")

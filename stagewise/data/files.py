@@ -125,6 +125,12 @@ class DataReport:
     remarks: list[str] = field(default_factory=list)
     absent: dict[str, int] = field(default_factory=dict)
 
+    def count_columns(self, unread: list[str], absent: list[str]) -> None:
+        """Count the columns of one row that are not read, and those of --columns that it has not."""
+        for counts, names in ((self.columns_not_read, unread), (self.absent, absent)):
+            for name in names:
+                counts[name] = counts.get(name, 0) + 1
+
     def add_notes(self, notes: str, rows: int = 1) -> list[str]:
         """Count the notes that so many rows have; returns those that are new, in words."""
         new = []
@@ -405,11 +411,13 @@ def _settled(path: Path, stream: BufferedIOBase, reader):
         if head.startswith(magic):
             raise InputError(f"{path}: {what}, whatever its name says; {remedy}")
     if _suffix(path) in (".csv", ".txt"):
-        form = _json_form(stream)
+        form = _json_form(stream, strict=True)
         stream.seek(0)
         if form:
-            right = "give it a name that ends with .jsonl, or leave the JSON in it out"
-            raise InputError(f"{path}: {form}, and no {_suffix(path)[1:]} file; {right}")
+            raise InputError(
+                f"{path}: {form}, which is not read from a {_suffix(path)} file; rename it to .jsonl (to train on the "
+                'JSON itself as text, write it as {"text": ...})'
+            )
     return reader
 
 
@@ -522,18 +530,21 @@ def _read_json(stream: BufferedIOBase, start: Position) -> Iterator[Row]:
 _LINES, _ARRAY, _OBJECTS = "it holds JSON lines", "it holds a JSON array", "it holds JSON objects of several lines"
 
 
-def _json_form(stream: BufferedIOBase) -> str:
+def _json_form(stream: BufferedIOBase, strict: bool = False) -> str:
     """How a file that begins like JSON holds its objects, or "" for any other file.
 
     An array in which no object can be found, and an object that is broken, are left to the reader of lines, which says
-    what is wrong with each.
+    what is wrong with each. strict: what begins as an array of objects must have a whole one.
     """
     text = _JsonText(stream, START)
     try:
         first = text.peek()
         if first == "[":
             text.expect("[")
-            return _ARRAY if text.peek() in ("{", "]") else ""
+            found = text.peek()
+            if strict and found == "{":
+                text.element()
+            return _ARRAY if found == "{" or (found == "]" and not strict) else ""
         if first != "{":
             return ""
         begun = text.position.line

@@ -9,9 +9,11 @@ from multiprocessing import get_all_start_methods
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset
 
-from stagewise.arguments import DataArguments, parse_columns
+from stagewise.arguments import DataArguments
+from stagewise.columns import parse_columns
 from stagewise.data import audit, packing, sources
 from stagewise.data.preference_audit import PreferenceAudit, audit_preferences
 from stagewise.data.preferences import SAME_ANSWERS, PreferenceOptions, tokenize_preferences
@@ -121,6 +123,7 @@ def load_conversations(
         )
         checked = audit.audit_conversations(records, encoded, renderer, tokenizer, encoding, training_args.seed)
         _count_rows(found, encoded)
+        _count_reasoning_left_out(found, records, renderer)
         too_long = TOO_LONG if encoding.on_too_long == "drop" else None
         return _usable(encoded, found, args.on_bad_row, too_long), checked
 
@@ -448,6 +451,24 @@ def _count_rows(report: dict, encoded: Dataset) -> None:
                 _merge_counts(counts, "truncated", rows["truncated"])
 
 
+def _count_reasoning_left_out(found: dict, records: Dataset, renderer: Renderer) -> None:
+    """Templates without a place for reasoning leave it out; who trains on it is told so."""
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2", "reasoning_content": "because"}]
+    if "because" in renderer.render(turns).text:
+        return
+    column = records.select_columns("record").with_format("arrow")
+    has_it = (pc.match_substring(batch["record"], '"reasoning_content"') for batch in column.iter(batch_size=10_000))
+    rows = sum(pc.sum(each).as_py() or 0 for each in has_it)
+    if rows:
+        found["reasoning_left_out"] = rows
+        logger.warning(
+            "%d of %d rows have reasoning, for which the template has no place: it is not trained (docs/templates.md "
+            "lists the templates that have one)",
+            rows,
+            len(records),
+        )
+
+
 def _count_repeated_prompts(report: dict, train: Dataset, validation: Dataset | None) -> None:
     """Repeated prompts are legitimate, so none is removed; but who trains on the validation set is told so."""
     trained = prompt_hashes(train)
@@ -471,7 +492,7 @@ def _add(counts: dict, key: str, value: int) -> None:
 
 def _merge_counts(counts: dict, key: str, reasons) -> None:
     """Reasons without their figures ("1700 tokens, more than ..."), so that equal ones count together."""
-    found = Counter(re.sub(r"^\d+ tokens, ", "", reason) for reason in reasons if reason)
+    found = Counter(re.sub(r"^\d+ (tokens|characters), ", "", reason) for reason in reasons if reason)
     counts[key] = dict(Counter(counts.get(key, {})) + found)
 
 

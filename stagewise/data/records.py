@@ -435,7 +435,7 @@ class _Turn:
     tool_calls: Any = None
     name: Any = None
     tool_call_id: Any = None
-    weight: int = field(default=1, compare=False)
+    weight: int = 1
 
 
 def _turn(value: Any, where: str) -> _Turn:
