@@ -76,8 +76,6 @@ def test_a_bad_line_among_json_lines_is_still_one_bad_row(tmp_path):
 def test_parquet_and_gzip_are_known_by_their_first_bytes(tmp_path):
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "rows.json")
     assert [row.value for row in iter_rows(tmp_path / "rows.json")] == ROWS
-    (tmp_path / "plain.jsonl.gz").write_text(SHAPES["lines"])
-    assert [row.value for row in iter_rows(tmp_path / "plain.jsonl.gz")] == ROWS
     (tmp_path / "corpus.txt").write_bytes(gzip.compress(b"One.\n\nTwo.\n"))
     assert [row.value for row in iter_rows(tmp_path / "corpus.txt")] == [{"text": "One."}, {"text": "Two."}]
 
@@ -133,6 +131,15 @@ def test_files_that_describe_a_data_set_are_no_rows(tmp_path, caplog):
     (tmp_path / "dataset_info.json").write_text('{"rows": {"file_name": "rows.jsonl"}}')
     assert find_files(tmp_path) == [tmp_path / "rows.jsonl"]
     assert "they describe data and hold no rows: dataset_info.json" in caplog.text
+
+
+def test_held_out_splits_beside_the_training_files_are_named(tmp_path, caplog):
+    for name in ("train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl", "testing.jsonl"):
+        (tmp_path / name).write_text(SHAPES["lines"])
+    find_sources(str(tmp_path), "--validation_file_dir")
+    assert "all are trained on" not in caplog.text
+    find_sources(str(tmp_path))
+    assert "test-00000-of-00001.jsonl beside the files of training: all are trained on" in caplog.text
 
 
 def test_a_document_on_each_line_is_told_from_one_document(tiny_model_dir, tmp_path, caplog):

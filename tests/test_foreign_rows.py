@@ -153,14 +153,6 @@ def test_two_reasonings_and_reasoning_of_a_question_are_refused():
         Conversation.from_row(messages(user(thinking="a"), answer()))
 
 
-def test_reasoning_that_the_template_leaves_out_is_counted(tiny_model_dir, tmp_path, capsys):
-    rows = [messages(user(f"Say {i}."), answer(f"{i}", thinking="Hm.")) for i in range(8)]
-    path = write(tmp_path / "rows.jsonl", [*rows, messages(user(), answer())])
-    flags = ("--validation_file_dir", path, "--dry_run", "True")
-    run_sft(tiny_model_dir, path, tmp_path / "out", *flags)
-    assert '"reasoning_left_out": 8' in capsys.readouterr().out
-
-
 def test_calls_of_2023_are_read_as_calls():
     call = {"name": "weather", "arguments": '{"city": "Rome"}'}
     row = messages(
@@ -182,13 +174,6 @@ def test_a_tool_result_after_a_plain_answer_is_refused_by_the_reader_as_by_the_t
     row = messages(user(), answer('<tool_call>{"name": "f"}</tool_call>'), {"role": "tool", "content": "1"}, answer())
     with pytest.raises(RowError, match="a tool turn after an assistant turn"):
         Conversation.from_row(row)
-
-
-def test_content_in_text_parts_is_one_text():
-    parts = [{"type": "text", "text": "How", "image_url": None}, {"type": "text", "value": "?"}]
-    assert Conversation.from_row(messages(user(parts), answer())).messages[0] == user("How?")
-    with pytest.raises(RowError, match="a part of the type 'image_url'"):
-        Conversation.from_row(messages(user([{"type": "image_url", "image_url": "x"}]), answer()))
 
 
 # --- null keys and further columns -----------------------------------------------------------------------------------

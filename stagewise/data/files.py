@@ -47,7 +47,6 @@ _UNREADABLE = {
         "an Arrow file",
         "write it as Parquet: pyarrow.parquet.write_table(pyarrow.feather.read_table(FILE), OUT)",
     ),
-    b"\xff\xff\xff\xff": ("an Arrow stream", "write it as Parquet: datasets.Dataset.from_file(FILE).to_parquet(OUT)"),
     b"SQLite format 3\x00": ("an SQLite data base", "export its rows as CSV"),
 }
 # Files that describe a data set and hold no rows of it: the hub's, datasets', LLaMA-Factory's.
@@ -203,10 +202,13 @@ class DataReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as it goes into data_report.json, with ``rows_kept``."""
+        """The report as it goes into data_report.json, with ``rows_kept``, without notes where there are none."""
         counts = asdict(self) | {"rows_kept": self.rows_read - self.rows_bad}
         for name in ("unreadable", "absent"):
             del counts[name]
+        for name in ("columns", "columns_not_read", "remarks"):
+            if not counts[name]:
+                del counts[name]
         return counts
 
 
@@ -377,7 +379,8 @@ def iter_rows(
     check_document_separator(document_separator)
     path = Path(path)
     read_text = partial(_read_text, separator=document_separator, keep_linebreaks=keep_linebreaks)
-    readers = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+    read_json = partial(_read_json, arrays="all")
+    readers = {".jsonl": _read_json, ".json": read_json, ".csv": _read_csv, ".parquet": _read_parquet}
     return _guarded(path, readers.get(_suffix(path), read_text), start)
 
 
@@ -411,7 +414,7 @@ def _settled(path: Path, stream: BufferedIOBase, reader):
         if head.startswith(magic):
             raise InputError(f"{path}: {what}, whatever its name says; {remedy}")
     if _suffix(path) in (".csv", ".txt"):
-        form = _json_form(stream, strict=True)
+        form = _json_form(stream, "whole")
         stream.seek(0)
         if form:
             raise InputError(
@@ -427,13 +430,13 @@ def _cannot_be_read(path: Path, error: OSError) -> InputError:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BufferedIOBase]:
-    """The bytes of a file, decompressed where it begins as a gzip file does, whatever its name."""
+    """The bytes of a file, decompressed where its name ends with .gz or it begins as a gzip file does."""
     try:
         stream = path.open("rb")
     except OSError as error:
         raise _cannot_be_read(path, error) from None
     with stream:
-        if not stream.peek(len(_GZIP)).startswith(_GZIP):
+        if path.suffix.lower() != ".gz" and not stream.peek(len(_GZIP)).startswith(_GZIP):
             yield stream
         else:
             with gzip.GzipFile(fileobj=stream) as unpacked:
@@ -521,8 +524,8 @@ def _bad_nul(place: str) -> BadRow:
     return BadRow(f"a NUL byte {place} (if this is UTF-16, save it as UTF-8)", "a NUL byte")
 
 
-def _read_json(stream: BufferedIOBase, start: Position) -> Iterator[Row]:
-    form = _json_form(stream)
+def _read_json(stream: BufferedIOBase, start: Position, arrays: str = "of objects") -> Iterator[Row]:
+    form = _json_form(stream, arrays)
     read = {_ARRAY: _read_json_array, _OBJECTS: _read_json_objects}.get(form, _read_jsonl)
     return read(stream, start)
 
@@ -530,11 +533,12 @@ def _read_json(stream: BufferedIOBase, start: Position) -> Iterator[Row]:
 _LINES, _ARRAY, _OBJECTS = "it holds JSON lines", "it holds a JSON array", "it holds JSON objects of several lines"
 
 
-def _json_form(stream: BufferedIOBase, strict: bool = False) -> str:
+def _json_form(stream: BufferedIOBase, arrays: str) -> str:
     """How a file that begins like JSON holds its objects, or "" for any other file.
 
-    An array in which no object can be found, and an object that is broken, are left to the reader of lines, which says
-    what is wrong with each. strict: what begins as an array of objects must have a whole one.
+    arrays: which count as such, "all" that begin like one, those "of objects" if they begin like that, or those with a
+    "whole" object at their beginning. Others, and objects of which the first is broken, are left to the reader of
+    lines, which says of each what is wrong with it.
     """
     text = _JsonText(stream, START)
     try:
@@ -542,9 +546,9 @@ def _json_form(stream: BufferedIOBase, strict: bool = False) -> str:
         if first == "[":
             text.expect("[")
             found = text.peek()
-            if strict and found == "{":
+            if arrays == "whole" and found == "{":
                 text.element()
-            return _ARRAY if found == "{" or (found == "]" and not strict) else ""
+            return _ARRAY if arrays == "all" or found == "{" or (found == "]" and arrays != "whole") else ""
         if first != "{":
             return ""
         begun = text.position.line

@@ -9,7 +9,6 @@ from multiprocessing import get_all_start_methods
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-import pyarrow.compute as pc
 from datasets import Dataset
 
 from stagewise.arguments import DataArguments
@@ -123,7 +122,6 @@ def load_conversations(
         )
         checked = audit.audit_conversations(records, encoded, renderer, tokenizer, encoding, training_args.seed)
         _count_rows(found, encoded)
-        _count_reasoning_left_out(found, records, renderer)
         too_long = TOO_LONG if encoding.on_too_long == "drop" else None
         return _usable(encoded, found, args.on_bad_row, too_long), checked
 
@@ -449,24 +447,6 @@ def _count_rows(report: dict, encoded: Dataset) -> None:
             if "dropped" in rows:
                 _merge_counts(counts, "dropped", rows["dropped"])
                 _merge_counts(counts, "truncated", rows["truncated"])
-
-
-def _count_reasoning_left_out(found: dict, records: Dataset, renderer: Renderer) -> None:
-    """Templates without a place for reasoning leave it out; who trains on it is told so."""
-    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2", "reasoning_content": "because"}]
-    if "because" in renderer.render(turns).text:
-        return
-    column = records.select_columns("record").with_format("arrow")
-    has_it = (pc.match_substring(batch["record"], '"reasoning_content"') for batch in column.iter(batch_size=10_000))
-    rows = sum(pc.sum(each).as_py() or 0 for each in has_it)
-    if rows:
-        found["reasoning_left_out"] = rows
-        logger.warning(
-            "%d of %d rows have reasoning, for which the template has no place: it is not trained (docs/templates.md "
-            "lists the templates that have one)",
-            rows,
-            len(records),
-        )
 
 
 def _count_repeated_prompts(report: dict, train: Dataset, validation: Dataset | None) -> None:

@@ -20,7 +20,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, KeysView
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, ClassVar, TypeVar
@@ -34,7 +34,6 @@ TWO_ANSWERS = "two different answers"
 
 _ROLES = {
     "system": "system",
-    "developer": "system",
     "user": "user",
     "human": "user",
     "assistant": "assistant",
@@ -43,6 +42,7 @@ _ROLES = {
     "model": "assistant",
     "tool": "tool",
     "function": "tool",
+    "developer": "system",
     "observation": "tool",
 }
 _FUNCTION_CALL = "function_call"
@@ -135,8 +135,8 @@ class RowFormat:
     kind: str
     keys: tuple[tuple[str, ...], ...]
 
-    def matches(self, keys: Iterable[str]) -> bool:
-        return all(any(key in keys for key in group) for group in self.keys)
+    def matches(self, keys: "set[str] | KeysView[str]") -> bool:
+        return not any(keys.isdisjoint(group) for group in self.keys)
 
     def __str__(self) -> str:
         return " + ".join("/".join(group) for group in self.keys)
@@ -157,8 +157,8 @@ FORMATS = (
     RowFormat("document", "document", (("text",),)),
 )
 _QUESTION_ONLY = RowFormat("question", "prompt", (_PROMPT_KEYS,))
-# A law triplet without passages is still one.
-_NULLABLE = frozenset(("reference",))
+# A law triplet without passages is still one, and input without the instruction would be another question.
+_NULLABLE = frozenset(("reference", "instruction"))
 
 _COMMON_KEYS = (*_SYSTEM_KEYS, *_TOOL_KEYS)
 _ONE_ANSWER_KEYS = (*_COMMON_KEYS, "history", *_REASONING_KEYS)
@@ -202,7 +202,8 @@ def detect_format(row: dict, kind: str | None = None) -> str:
     others = [row_format for row_format in FORMATS if row_format.matches(row.keys())]
     if others:
         found += f" (the format {others[0].name}, a {others[0].kind})"
-    raise RowError("keys", found, f"the keys of a {kind or 'known'} row: {'; '.join(map(str, wanted))}")
+    expected = f"the keys of a {kind or 'known'} row: {'; '.join(map(str, wanted))}"
+    raise RowError("keys", found, f"{expected} (columns under other names: --columns KEY=COLUMN)")
 
 
 def check_same_format(row_format: str, file_format: str, options: RecordOptions) -> None:
@@ -441,14 +442,14 @@ class _Turn:
 def _turn(value: Any, where: str) -> _Turn:
     if not isinstance(value, dict):
         raise RowError(where, _describe(value), "a turn such as {'from': 'human', 'value': ...}")
-    sharegpt = value.get("from") is not None or "role" not in value
+    sharegpt = "from" in value and (value["from"] is not None or "role" not in value)
     role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
     speaker, content = value.get(role_key), value.get(content_key)
     if speaker != _FUNCTION_CALL and not (isinstance(speaker, str) and speaker in _ROLES):
         raise RowError(f"{where}.{role_key}", _describe(speaker), f"one of {', '.join([*_ROLES, _FUNCTION_CALL])}")
     turn = _Turn(
         _ROLES.get(speaker, "assistant"),
-        _text_of_parts(content, f"{where}.{content_key}"),
+        content,
         f"{where}.{content_key}",
         _reasoning(value, f"{where}."),
         _only_value(value, ("tool_calls", "function_call"), f"{where}."),
@@ -464,17 +465,6 @@ def _turn(value: Any, where: str) -> _Turn:
     if speaker == _FUNCTION_CALL:
         return replace(turn, content="", tool_calls="" if content is None else content)
     return turn
-
-
-def _text_of_parts(content: Any, where: str) -> Any:
-    """A list of text parts (OpenAI's, LLaMA-Factory's) as one text; any other value as it is."""
-    if not isinstance(content, list) or not content or not all(isinstance(part, dict) for part in content):
-        return content
-    texts = [part["text"] if part.get("text") is not None else part.get("value") for part in content]
-    other = next((part.get("type") for part in content if part.get("type") != "text"), None)
-    if other is not None:
-        raise RowError(where, f"a part of the type {_describe(other)}", "text alone")
-    return "".join(_text(text, where) for text in texts)
 
 
 def _only_value(value: dict, keys: tuple[str, ...], where: str) -> Any:

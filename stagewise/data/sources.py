@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -86,6 +87,7 @@ _RECORD_FEATURES = Features({name: Value("string") for name in ("record", "locat
 _CHECK_COLUMNS = ["error", "reason", "ends_file", "notes"]
 _CHECKED_FEATURES = Features({name: Value("string") for name in [*_RECORD_FEATURES, *_CHECK_COLUMNS]})
 
+_HELD_OUT = re.compile(r"(test|validation|valid|val|dev|eval)(?![a-z])")
 _MIX_STRATEGIES = {"interleave_under": "first_exhausted", "interleave_over": "all_exhausted"}
 
 
@@ -107,6 +109,8 @@ def find_sources(spec: str, flag: str = "--train_file_dir") -> list[Source]:
     origin: dict[str, Path] = {}
     for path in _split_paths(spec, flag):
         files = tuple(find_files(path))
+        if flag == "--train_file_dir":
+            _warn_of_held_out(path, files)
         name = data_name(path)
         if name in origin:
             raise InputError(
@@ -116,6 +120,19 @@ def find_sources(spec: str, flag: str = "--train_file_dir") -> list[Source]:
         sources.append(Source(name, files))
         origin[name] = path
     return sources
+
+
+def _warn_of_held_out(path: Path, files: tuple[Path, ...]) -> None:
+    """A folder of the hub has the files of all splits side by side."""
+    if not any(file.name.lower().startswith("train") for file in files):
+        return
+    held_out = [file.name for file in files if _HELD_OUT.match(file.name.lower())]
+    if held_out:
+        logger.warning(
+            "%s: %s beside the files of training: all are trained on; name the files one by one to leave some out",
+            path,
+            ", ".join(held_out),
+        )
 
 
 def source_names(spec: str) -> tuple[str, ...]:
@@ -179,13 +196,13 @@ class _Reader:
         if isinstance(row, BadRow):
             problem = {"error": row.problem, "reason": row.reason, "ends_file": "yes" if row.ends_file else ""}
             return checked | problem, file_format
-        row, absent, unread = rename_columns(row, self.options.columns)
+        named, absent, unread = rename_columns(row, self.options.columns)
         try:
-            row_format = detect_format(row, self.kind)
+            row_format = detect_format(named, self.kind)
             file_format = file_format or row_format
             check_same_format(row_format, file_format, self.options)
-            record = RECORD_TYPES[self.kind].from_row(row, self.options, row_format)
-            unread += unread_columns(row, self.kind, row_format, self.options)
+            record = RECORD_TYPES[self.kind].from_row(named, self.options, row_format)
+            unread += unread_columns(named, self.kind, row_format, self.options)
         except RowError as error:
             if absent:
                 found = f"{error.found}, and no column {' or '.join(absent)}, which --columns names"
