@@ -533,6 +533,16 @@ def _read_json(stream: BufferedIOBase, start: Position, arrays: str = "of object
 _LINES, _ARRAY, _OBJECTS = "it holds JSON lines", "it holds a JSON array", "it holds JSON objects of several lines"
 
 
+def _first_char(stream: BufferedIOBase) -> bytes:
+    head = stream.read(_CHUNK_BYTES).removeprefix(_BOM).lstrip()
+    while not head:
+        chunk = stream.read(_CHUNK_BYTES)
+        if not chunk:
+            return b""
+        head = chunk.lstrip()
+    return head[:1]
+
+
 def _json_form(stream: BufferedIOBase, arrays: str) -> str:
     """How a file that begins like JSON holds its objects, or "" for any other file.
 
@@ -540,17 +550,19 @@ def _json_form(stream: BufferedIOBase, arrays: str) -> str:
     "whole" object at their beginning. Others, and objects of which the first is broken, are left to the reader of
     lines, which says of each what is wrong with it.
     """
+    first = _first_char(stream)
+    if first not in (b"[", b"{"):
+        return ""
+    if first == b"[" and arrays == "all":
+        return _ARRAY
     text = _JsonText(stream, START)
     try:
-        first = text.peek()
-        if first == "[":
+        if first == b"[":
             text.expect("[")
             found = text.peek()
             if arrays == "whole" and found == "{":
                 text.element()
-            return _ARRAY if arrays == "all" or found == "{" or (found == "]" and arrays != "whole") else ""
-        if first != "{":
-            return ""
+            return _ARRAY if found == "{" or (found == "]" and arrays != "whole") else ""
         begun = text.position.line
         if isinstance(text.element().value, BadRow):
             return ""

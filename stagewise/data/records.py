@@ -135,7 +135,7 @@ class RowFormat:
     kind: str
     keys: tuple[tuple[str, ...], ...]
 
-    def matches(self, keys: "set[str] | KeysView[str]") -> bool:
+    def matches(self, keys: set[str] | KeysView[str]) -> bool:
         return not any(keys.isdisjoint(group) for group in self.keys)
 
     def __str__(self) -> str:
