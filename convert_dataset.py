@@ -15,14 +15,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from stagewise.columns import parse_columns
 from stagewise.data.files import BadRow, DataReport, find_files, read_rows
 from stagewise.data.records import (
     Conversation,
     PreferencePair,
     RecordOptions,
     RowError,
+    check_columns,
     check_same_format,
     detect_format,
+    rename_columns,
+    unread_columns,
 )
 from stagewise.errors import InputError
 from stagewise.run.exit_codes import ScriptParser, run_script
@@ -47,15 +51,19 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     except InputError as error:
         raise InputError(f"--in_file: {error}") from None
     _check_out_file(out_file, files, args.overwrite)
-    report = DataReport(Path(args.in_file).name, [str(file) for file in files])
+    columns = parse_columns(args.columns)
+    report = DataReport(Path(args.in_file).name, [str(file) for file in files], columns=dict(columns))
     try:
         with _written_at_once(out_file) as out:
             for line in _converted(files, args, report):
                 out.write(line + "\n")
             report.raise_if_unusable(args.on_bad_row)
+            report.raise_if_absent()
     finally:
         _print_rejected(report)
     counts = report.to_dict()
+    for note in report.notes():
+        print(note, file=sys.stderr)
     print(f"{counts['rows_kept']} of {counts['rows_read']} rows written to {out_file}")
     return counts
 
@@ -87,6 +95,9 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--allow_mixed", action="store_true", help="rows may be in different formats")
     parser.add_argument(
         "--use_reference", action="store_true", help="put a law triplet's passages before its question"
+    )
+    parser.add_argument(
+        "--columns", help="columns under other names, key first: question=Question,answer=Response,reasoning=CoT"
     )
     parser.add_argument("--assistant_name", help="fill in <NAME> and {{name}} (otherwise they stay)")
     parser.add_argument("--assistant_author", help="fill in <AUTHOR> and {{author}} (otherwise they stay)")
@@ -125,7 +136,7 @@ def _converted(files: list[Path], args: argparse.Namespace, report: DataReport) 
     """The lines of the output. From the first bad row on rows are only checked, unless bad ones may be skipped."""
     from tqdm import tqdm
 
-    convert = _Converter(args)
+    convert = _Converter(args, report)
     rows = (row for file in files for row in read_rows(file))
     for location, row in tqdm(rows, desc="Converting", unit=" rows", delay=2):
         report.rows_read += 1
@@ -146,7 +157,8 @@ def _converted(files: list[Path], args: argparse.Namespace, report: DataReport) 
 class _Converter:
     """Row in, row out. With --data_type auto the first row decides between conversations and preferences."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, report: DataReport):
+        self._report = report
         self._accepted = DATA_TYPES.get(args.data_type)
         self._kind = None if args.data_type == "auto" else _kind_of(args.data_type)
         self._file_format: str | None = None
@@ -157,15 +169,23 @@ class _Converter:
             use_reference=args.use_reference,
             allow_mixed=args.allow_mixed,
             keep_placeholders=not (args.assistant_name or args.assistant_author),
+            columns=parse_columns(args.columns),
         )
+        if self._kind:
+            check_columns(self._kind, self._options.columns)
 
     def __call__(self, row: dict) -> dict:
+        row, absent, unread = rename_columns(row, self._options.columns)
         row_format = self._format_of(row)
-        if _kind_of(row_format) == "preference":
+        kind = _kind_of(row_format)
+        if kind == "preference":
             pair = PreferencePair.from_row(row, self._options, row_format)
-            return _trl_row(pair) if self._messages else _family_preference_row(pair)
-        conversation = Conversation.from_row(row, self._options, row_format)
-        return _openai_row(conversation) if self._messages else _sharegpt_row(conversation)
+            converted = _trl_row(pair) if self._messages else _family_preference_row(pair)
+        else:
+            conversation = Conversation.from_row(row, self._options, row_format)
+            converted = _openai_row(conversation) if self._messages else _sharegpt_row(conversation)
+        self._report.count_columns([*unread, *unread_columns(row, kind, row_format, self._options)], absent)
+        return converted
 
     def _format_of(self, row: dict) -> str:
         if self._accepted and len(self._accepted) == 1:

@@ -23,6 +23,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 from transformers.utils import is_torch_tf32_available
 
+from stagewise.columns import parse_columns
 from stagewise.devices import device_name, multiplies_bf16
 from stagewise.distributed import deepspeed_settings, settle_engine, uses_fsdp, zero_stage
 from stagewise.errors import InputError
@@ -237,6 +238,9 @@ class DataArguments:
     validation_file_dir: str | None = _option(None, "Evaluation data: folders or files, likewise.")
     dataset_name: str | None = _option(None, "Data set on the hub, in place of --train_file_dir.")
     dataset_config_name: str | None = _option(None, "Configuration of that data set.")
+    columns: str | None = _option(
+        None, "Columns under other names: question=Question,answer=Response; the key first, then the file's column."
+    )
     max_train_samples: int | None = _option(-1, "Train on this many rows of the mixture; -1 is all.")
     max_eval_samples: int | None = _option(-1, "Evaluate on this many rows; -1 is all.")
     max_samples_per_dataset: int | None = _option(
@@ -263,7 +267,7 @@ class DataArguments:
     )
     on_bad_row: Literal["error", "skip"] = _option("error", "Rows that cannot be used stop the run, or are left out.")
     allow_mixed: bool = _option(False, "Allow rows of several formats in one file.")
-    keep_control_tokens: bool = _option(False, "Allow the template's control tokens inside the text of a row.")
+    keep_control_tokens: bool = _option(False, "Allow special tokens in the text of a row; they become the real ones.")
     assistant_name: str | None = _option(None, "Fills <NAME> and {{name}} in self-cognition data.")
     assistant_author: str | None = _option(None, "Fills <AUTHOR> and {{author}} in self-cognition data.")
     use_reference: bool = _option(False, "Put the field `reference` of law triplets in front of the question.")
@@ -292,6 +296,7 @@ class DataArguments:
             )
         _names("train_file_dir", self.train_file_dir)
         _names("validation_file_dir", self.validation_file_dir)
+        parse_columns(self.columns)
 
     def _check_mixing(self) -> None:
         shares = self.mix_probabilities

@@ -12,6 +12,7 @@ FLOORS = {
     "stagewise.arguments": 0,
     "stagewise.multitask_arguments": -1,
     "stagewise.old_spellings": -1,
+    "stagewise.columns": -1,
     "stagewise.distributed": -1,
     "stagewise.devices": -1,
     "stagewise.checkpoint_files": -1,

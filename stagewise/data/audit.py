@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stagewise.data.records import Conversation
-from stagewise.data.tokenization import EncodingOptions, Renderer
+from stagewise.data.tokenization import EncodingOptions, Renderer, encode_texts
 from stagewise.errors import InputError
 from stagewise.losses.logprobs import IGNORE_INDEX
 
@@ -71,10 +71,10 @@ def _check_row(audit: LabelAudit, conversation: Conversation, row: dict, rendere
         return ["a label is neither IGNORE_INDEX nor the token itself"]
     messages = _kept_messages(conversation, ids, renderer, tokenizer)
     rendered = renderer.render(messages, tools=conversation.tools)
-    encoding = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    if encoding["input_ids"][: len(ids)] != ids:
+    found, offsets = next(encode_texts([rendered.text], tokenizer, len(ids)))
+    if found[: len(ids)] != ids:
         return ["input_ids are not the tokenizer's ids of the rendered text"]
-    roles = _token_roles(rendered, messages, encoding["offset_mapping"][: len(ids)])
+    roles = _token_roles(rendered, messages, list(offsets)[: len(ids)])
     problems = []
     for role, label in zip(roles, labels, strict=True):
         audit.tokens_by_role[role] += 1
@@ -91,7 +91,7 @@ def _kept_messages(conversation: Conversation, ids: Sequence[int], renderer, tok
     ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
     for end in ends:
         text = renderer.render(messages[:end], tools=conversation.tools).text
-        if tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][: len(ids)] == list(ids):
+        if next(encode_texts([text], tokenizer, len(ids)))[0][: len(ids)] == list(ids):
             return messages[:end]
     return messages
 
@@ -102,7 +102,8 @@ def _token_roles(rendered, messages: Sequence[dict], offsets: Sequence[tuple[int
     Contents are looked for in order, outside the trained spans for users and inside for answers, so that an answer
     that quotes the question is not taken for it.
     """
-    owner = [MARKUP] * (len(rendered.text) + 1)
+    size = max((end for _, end in offsets), default=0) + 1  # of a long text only the beginning was kept
+    owner = [MARKUP] * size
     spans = iter(rendered.spans)
     cursor = 0
     for message in messages:
@@ -113,7 +114,7 @@ def _token_roles(rendered, messages: Sequence[dict], offsets: Sequence[tuple[int
             end = start + len(message["content"].strip())
             if start < 0:
                 continue
-        owner[start:end] = [message["role"]] * (end - start)
+        owner[start:end] = [message["role"]] * (min(end, size) - min(start, size))
         cursor = max(cursor, end)
     # a token that straddles into an answer belongs to it
     return [owner[max(start, end - 1)] for start, end in offsets]
@@ -153,7 +154,7 @@ def _check_prompts(audit, messages, tools, ids, rendered, renderer, tokenizer) -
         prompt = renderer.render(messages[:i], tools=tools, add_generation_prompt=True).text
         if prompt != rendered.text[:start]:
             continue  # the family renders history differently from the last turn (reasoning, for instance)
-        fed = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        fed, _ = next(encode_texts([prompt], tokenizer, len(ids)))
         if len(fed) > len(ids) or fed == list(ids[: len(fed)]):
             continue
         audit.straddling_prompts += 1

@@ -36,6 +36,24 @@ DOCUMENT_SEPARATORS = ("blank_line", "line", "file")
 MAX_BAD_SHARE = 0.1
 _LOCATIONS_KEPT = 10
 
+# How files begin that their names do not tell; and those that are not read, with what makes a file of them that is.
+_GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
+_UNREADABLE = {
+    b"PK\x03\x04": ("a zip archive", "unpack it with unzip"),
+    b"\x28\xb5\x2f\xfd": ("compressed with zstd", "unpack it with zstd -d"),
+    b"\xfd7zXZ\x00": ("compressed with xz", "unpack it with xz -d"),
+    b"BZh": ("compressed with bzip2", "unpack it with bzip2 -d"),
+    b"ARROW1": (
+        "an Arrow file",
+        "write it as Parquet: pyarrow.parquet.write_table(pyarrow.feather.read_table(FILE), OUT)",
+    ),
+    b"SQLite format 3\x00": ("an SQLite data base", "export its rows as CSV"),
+}
+# Files that describe a data set and hold no rows of it: the hub's, datasets', LLaMA-Factory's.
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+# So many lines without a blank one are hardly one document.
+_MANY_LINES = 20
+
 _BOM = codecs.BOM_UTF8
 _UTF16_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _CHUNK_BYTES = 1 << 16
@@ -70,16 +88,29 @@ class BadRow:
 
 
 class Row(NamedTuple):
-    """A row, the line on which it begins (Parquet: its number), and the position after it."""
+    """A row, the line on which it begins (Parquet: its number), the position after it, and a remark on its file."""
 
     line: int
     value: dict[str, Any] | BadRow
     end: Position
+    note: str = ""
+
+
+class Note:
+    """How the lines of a usable row's notes begin: the name of a column that is not read, or of one that --columns
+    names and the row has not, or a remark on its file.
+    """
+
+    UNREAD, ABSENT, REMARK = "unread ", "absent ", "remark "
 
 
 @dataclass
 class DataReport:
-    """What became of the rows of one data set. ``reasons``: why rows are bad, and how many for each reason."""
+    """What became of the rows of one data set.
+
+    reasons: why rows are bad, and how many for each reason. columns: --columns, as key and column of the file.
+    columns_not_read: keys that hold something that no format reads, and in how many rows. remarks: on its files.
+    """
 
     dataset: str
     files: list[str]
@@ -88,6 +119,50 @@ class DataReport:
     reasons: dict[str, int] = field(default_factory=dict)
     first_bad: list[str] = field(default_factory=list)
     unreadable: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    columns_not_read: dict[str, int] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+    absent: dict[str, int] = field(default_factory=dict)
+
+    def count_columns(self, unread: list[str], absent: list[str]) -> None:
+        """Count the columns of one row that are not read, and those of --columns that it has not."""
+        for counts, names in ((self.columns_not_read, unread), (self.absent, absent)):
+            for name in names:
+                counts[name] = counts.get(name, 0) + 1
+
+    def add_notes(self, notes: str, rows: int = 1) -> list[str]:
+        """Count the notes that so many rows have; returns those that are new, in words."""
+        new = []
+        for line in filter(None, notes.split("\n")):
+            kind, text = line[: len(Note.UNREAD)], line[len(Note.UNREAD) :]
+            if kind == Note.REMARK:
+                self.remarks.append(text)
+                new.append(text)
+                continue
+            counts = self.columns_not_read if kind == Note.UNREAD else self.absent
+            if kind == Note.UNREAD and text not in counts:
+                new.append(f"column not read: {text}")
+            counts[text] = counts.get(text, 0) + rows
+        return new
+
+    def notes(self) -> list[str]:
+        """All of them in words."""
+        unread = ", ".join(
+            f"{name} ({count:,} {'row' if count == 1 else 'rows'})" for name, count in self.columns_not_read.items()
+        )
+        more = f" (and {len(self.remarks) - 1} more files of this kind)" if len(self.remarks) > 1 else ""
+        remarks = [self.remarks[0] + more] if self.remarks else []
+        return ([f"columns not read: {unread}"] if unread else []) + remarks
+
+    def raise_if_absent(self) -> None:
+        """Raise InputError for a column of --columns that no row has had so far."""
+        for column, rows in self.absent.items():
+            if rows >= self.rows_read - self.rows_bad:
+                key = next(key for key, name in self.columns.items() if name == column)
+                raise InputError(
+                    f"--columns {key}={column}: none of the {rows} rows of {self.files[0]} has a column {column!r}; "
+                    "name one that is there"
+                )
 
     def add_bad(self, location: str, problem: str, reason: str, ends_file: bool = False) -> None:
         """Count a bad row (it is in ``rows_read`` too); ends_file: the rest of its file could not be read."""
@@ -127,9 +202,13 @@ class DataReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as it goes into data_report.json, with ``rows_kept``."""
+        """The report as it goes into data_report.json, with ``rows_kept``, without notes where there are none."""
         counts = asdict(self) | {"rows_kept": self.rows_read - self.rows_bad}
-        del counts["unreadable"]
+        for name in ("unreadable", "absent"):
+            del counts[name]
+        for name in ("columns", "columns_not_read", "remarks"):
+            if not counts[name]:
+                del counts[name]
         return counts
 
 
@@ -137,12 +216,14 @@ def find_files(path: str | Path) -> list[Path]:
     """The data files of a file or directory (searched recursively, hidden names skipped), in sorted order.
 
     Known are .jsonl, .json, .csv, .parquet, .txt, and each of them with .gz. Files of another type are an error when
-    named and are left out with a warning when found in a directory. Links are followed. Raises InputError for a path
-    that does not exist, a directory without any usable file, a file that is empty or must not be read, a link that
-    leads nowhere, and one to a directory that it lies in.
+    named and are left out with a warning when found in a directory, as the files are that only describe a data set.
+    Links are followed. Raises InputError for a path that does not exist, a directory without any usable file, one that
+    datasets.save_to_disk has written, a file that is empty or must not be read, a pipe or device, a link that leads
+    nowhere, and one to a directory that it lies in.
     """
     path = existing_path(path)
     if not path.is_dir():
+        _check_plain(path)
         _suffix(path)
         files = [path]
     else:
@@ -150,6 +231,7 @@ def find_files(path: str | Path) -> list[Path]:
     for file in files:
         if not exists(file):
             raise InputError(f"{file}: a link to {os.readlink(file)}, which is not there; mend or remove it")
+        _check_plain(file)
         if file.stat().st_size == 0:
             raise InputError(f"{file}: the file is empty; write rows into it, or remove it")
         if not os.access(file, os.R_OK):
@@ -175,22 +257,41 @@ def exists(path: Path) -> bool:
     return os.path.exists(path)
 
 
+def _check_plain(file: Path) -> None:
+    """A pipe can be read once, and rows are read for the check, for the cache, and after a restart."""
+    if not file.is_file():
+        raise InputError(f"{file}: a pipe or device, which can be read only once; write its rows into a file first")
+
+
 def _files_below(directory: Path) -> list[Path]:
-    found = sorted(
-        Path(folder, name)
-        for folder, _, names in _walk_visible(directory)
-        for name in names
-        if not name.startswith(".")
-    )
+    found: list[Path] = []
+    for folder, _, names in _walk_visible(directory):
+        _check_not_saved(Path(folder), names)
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    found.sort()
     if not found:
         raise InputError(f"{directory}: the directory is empty; put files into it of the types {_known_types()}")
-    usable = [file for file in found if _known_suffix(file)]
+    usable = [file for file in found if _known_suffix(file) and file.name not in _DESCRIPTIONS]
     if not usable:
         raise InputError(f"{directory}: no usable file among {_listed(found)}; give one of {_known_types()}")
-    if len(usable) < len(found):
-        others = [file for file in found if not _known_suffix(file)]
+    others = [file for file in found if not _known_suffix(file)]
+    if others:
         logger.warning("%s: not read, because their type is not known: %s", directory, _listed(others))
+    described = [file for file in found if file.name in _DESCRIPTIONS]
+    if described:
+        logger.warning("%s: not read, because they describe data and hold no rows: %s", directory, _listed(described))
     return usable
+
+
+def _check_not_saved(folder: Path, names: list[str]) -> None:
+    """What datasets' save_to_disk writes is for load_from_disk alone."""
+    splits = "dataset_dict.json" in names
+    if splits or {"dataset_info.json", "state.json"} <= set(names):
+        which = '["train"]' if splits else ""
+        raise InputError(
+            f"{folder}: a data set that datasets.save_to_disk has written; write it as a file that can be read: "
+            f'python -c \'import datasets; datasets.load_from_disk("{folder}"){which}.to_json("train.jsonl")\''
+        )
 
 
 def _walk_visible(directory: Path) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -266,17 +367,20 @@ def iter_rows(
     What lies before ``start`` is not read again (a .gz is decompressed up to there, of a .csv the header is read, of a
     Parquet file the row group that holds ``start``).
 
-    .jsonl: one object per line. .json: one array of objects, or one object per line. .csv: with a header, comma
-    separated. .txt: one document per row, as ``{"text": ...}``; document_separator "blank_line" splits at blank lines,
-    "line" makes every line a document, "file" the whole file. keep_linebreaks False joins the lines of a document with
-    blanks, for text that was wrapped to a width.
+    .jsonl and .json: one object per line, one array of objects, or objects over several lines one after another; the
+    first characters tell. .csv: with a header, comma separated. .txt: one document per row, as ``{"text": ...}``;
+    document_separator "blank_line" splits at blank lines, "line" makes every line a document, "file" the whole file.
+    keep_linebreaks False joins the lines of a document with blanks, for text that was wrapped to a width. What is
+    compressed with gzip, and what is Parquet, is read as such under any name.
 
-    Raises InputError for a file that cannot be opened or whose type is not known.
+    Raises InputError for a file that cannot be opened, whose type is not known, or whose contents are not what its
+    name says.
     """
     check_document_separator(document_separator)
     path = Path(path)
     read_text = partial(_read_text, separator=document_separator, keep_linebreaks=keep_linebreaks)
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+    read_json = partial(_read_json, arrays="all")
+    readers = {".jsonl": _read_json, ".json": read_json, ".csv": _read_csv, ".parquet": _read_parquet}
     return _guarded(path, readers.get(_suffix(path), read_text), start)
 
 
@@ -291,7 +395,7 @@ def _guarded(path: Path, reader, start: Position) -> Iterator[Row]:
     end = start
     with _opened(path) as stream:
         try:
-            for row in reader(stream, start):
+            for row in _settled(path, stream, reader)(stream, start):
                 end = row.end
                 yield row
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -300,19 +404,39 @@ def _guarded(path: Path, reader, start: Position) -> Iterator[Row]:
             raise _cannot_be_read(path, error) from None
 
 
+def _settled(path: Path, stream: BufferedIOBase, reader):
+    """The reader of the file's name, or of what its first bytes say; refuses what neither can read."""
+    head = stream.read(_CHUNK_BYTES)
+    stream.seek(0)
+    if head.startswith(_PARQUET):
+        return _read_parquet
+    for magic, (what, remedy) in _UNREADABLE.items():
+        if head.startswith(magic):
+            raise InputError(f"{path}: {what}, whatever its name says; {remedy}")
+    if _suffix(path) in (".csv", ".txt"):
+        form = _json_form(stream, "whole")
+        stream.seek(0)
+        if form:
+            raise InputError(
+                f"{path}: {form}, which is not read from a {_suffix(path)} file; rename it to .jsonl (to train on the "
+                'JSON itself as text, write it as {"text": ...})'
+            )
+    return reader
+
+
 def _cannot_be_read(path: Path, error: OSError) -> InputError:
     return InputError(f"{path}: the file cannot be read ({error.strerror}); check it and its disk")
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BufferedIOBase]:
-    """The bytes of a file, decompressed where its name ends with .gz."""
+    """The bytes of a file, decompressed where its name ends with .gz or it begins as a gzip file does."""
     try:
         stream = path.open("rb")
     except OSError as error:
         raise _cannot_be_read(path, error) from None
     with stream:
-        if path.suffix.lower() != ".gz":
+        if path.suffix.lower() != ".gz" and not stream.peek(len(_GZIP)).startswith(_GZIP):
             yield stream
         else:
             with gzip.GzipFile(fileobj=stream) as unpacked:
@@ -400,9 +524,13 @@ def _bad_nul(place: str) -> BadRow:
     return BadRow(f"a NUL byte {place} (if this is UTF-16, save it as UTF-8)", "a NUL byte")
 
 
-def _read_json(stream: BufferedIOBase, start: Position) -> Iterator[Row]:
-    read = _read_json_array if _first_char(stream) == b"[" else _read_jsonl
+def _read_json(stream: BufferedIOBase, start: Position, arrays: str = "of objects") -> Iterator[Row]:
+    form = _json_form(stream, arrays)
+    read = {_ARRAY: _read_json_array, _OBJECTS: _read_json_objects}.get(form, _read_jsonl)
     return read(stream, start)
+
+
+_LINES, _ARRAY, _OBJECTS = "it holds JSON lines", "it holds a JSON array", "it holds JSON objects of several lines"
 
 
 def _first_char(stream: BufferedIOBase) -> bytes:
@@ -413,6 +541,47 @@ def _first_char(stream: BufferedIOBase) -> bytes:
             return b""
         head = chunk.lstrip()
     return head[:1]
+
+
+def _json_form(stream: BufferedIOBase, arrays: str) -> str:
+    """How a file that begins like JSON holds its objects, or "" for any other file.
+
+    arrays: which count as such, "all" that begin like one, those "of objects" if they begin like that, or those with a
+    "whole" object at their beginning. Others, and objects of which the first is broken, are left to the reader of
+    lines, which says of each what is wrong with it.
+    """
+    first = _first_char(stream)
+    if first not in (b"[", b"{"):
+        return ""
+    if first == b"[" and arrays == "all":
+        return _ARRAY
+    text = _JsonText(stream, START)
+    try:
+        if first == b"[":
+            text.expect("[")
+            found = text.peek()
+            if arrays == "whole" and found == "{":
+                text.element()
+            return _ARRAY if found == "{" or (found == "]" and arrays != "whole") else ""
+        begun = text.position.line
+        if isinstance(text.element().value, BadRow):
+            return ""
+        ended = text.position.line
+        if text.peek() not in ("{", ""):
+            return ""
+        shares_line = text.position.line == ended and text.peek()
+        return _LINES if begun == ended and not shares_line else _OBJECTS
+    except _BrokenJson:
+        return ""
+
+
+def _read_json_objects(stream: BufferedIOBase, start: Position) -> Iterator[Row]:
+    text = _JsonText(stream, start)
+    try:
+        while text.peek():
+            yield text.element()
+    except _BrokenJson as error:
+        yield _broken_json(text, error, "file")
 
 
 def _read_json_array(stream: BufferedIOBase, start: Position) -> Iterator[Row]:
@@ -429,8 +598,12 @@ def _read_json_array(stream: BufferedIOBase, start: Position) -> Iterator[Row]:
         if text.peek():
             raise _BrokenJson("text after the end of the array")
     except _BrokenJson as error:
-        problem = f"invalid JSON: {error} at column {text.column}; the rest of the array cannot be read"
-        yield Row(text.position.line, BadRow(problem, "invalid JSON", ends_file=True), text.position)
+        yield _broken_json(text, error, "array")
+
+
+def _broken_json(text: "_JsonText", error: "_BrokenJson", whole: str) -> Row:
+    problem = f"invalid JSON: {error} at column {text.column}; the rest of the {whole} cannot be read"
+    return Row(text.position.line, BadRow(problem, "invalid JSON", ends_file=True), text.position)
 
 
 class _BrokenJson(Exception):
@@ -438,7 +611,7 @@ class _BrokenJson(Exception):
 
 
 class _JsonText:
-    """A window on a JSON array that slides from element to element.
+    """A window on JSON values that slides from one to the next.
 
     ``position`` and ``column`` say where the window's cursor is. The window grows, doubling, until it holds the whole
     of the next element, so that decoding it again after each growth costs no more than twice the decoding itself.
@@ -478,7 +651,7 @@ class _JsonText:
         self._advance(self._cursor + 1)
 
     def element(self) -> Row:
-        """The next element of the array."""
+        """The next value."""
         self.peek()
         line = self.position.line
         while True:
@@ -604,8 +777,25 @@ def _bad_text(text: str, place: str) -> BadRow | None:
 
 def _read_text(stream: BufferedIOBase, start: Position, separator: str, keep_linebreaks: bool) -> Iterator[Row]:
     lines = _Lines(stream, start)
-    for line, block in _text_blocks(lines, separator):
-        yield Row(line, _document(block, keep_linebreaks), lines.position)
+    waiting: Row | None = None  # for a second one: what is alone in its file may have been meant as many
+    for number, (line, block) in enumerate(_text_blocks(lines, separator)):
+        row = Row(line, _document(block, keep_linebreaks), lines.position)
+        if number == 0 and start == START and separator == "blank_line":
+            waiting = row._replace(note=_one_document(block))
+            continue
+        if waiting:
+            yield waiting._replace(note="")
+            waiting = None
+        yield row
+    if waiting:
+        yield waiting
+
+
+def _one_document(block: bytes) -> str:
+    count = len(block.splitlines())
+    if count < _MANY_LINES:
+        return ""
+    return f"{count} lines without a blank line are one document; if each line is one, pass --document_separator line"
 
 
 def _text_blocks(lines: _Lines, separator: str) -> Iterator[tuple[int, bytes]]:
@@ -670,6 +860,17 @@ def _check_columns(names: list[str]) -> None:
         raise ValueError(f"two columns of the name {repeated!r:.60}")
 
 
+def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of Arrow's without the null keys of its inner objects: Arrow gives each object the keys of all of them."""
+    return {key: _without_null_keys(value) if isinstance(value, dict | list) else value for key, value in row.items()}
+
+
+def _without_null_keys(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_null_keys(each) for key, each in value.items() if each is not None}
+    return [_without_null_keys(each) for each in value] if isinstance(value, list) else value
+
+
 def _parquet_values(file, first: int) -> Iterator[dict[str, Any]]:
     """The rows from number ``first`` (counted from 0) on; row groups that lie before it are not read."""
     begin = 0
@@ -678,7 +879,7 @@ def _parquet_values(file, first: int) -> Iterator[dict[str, Any]]:
         if end > first:
             for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, row_groups=[group]):
                 passed = min(max(first - begin, 0), batch.num_rows)
-                yield from batch.slice(passed).to_pylist()
+                yield from map(without_nulls, batch.slice(passed).to_pylist())
                 begin += batch.num_rows
         begin = end
 

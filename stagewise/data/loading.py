@@ -14,11 +14,12 @@ import numpy as np
 from datasets import Dataset
 
 from stagewise.arguments import DataArguments
+from stagewise.columns import parse_columns
 from stagewise.data import audit, packing, sources
 from stagewise.data.preference_audit import PreferenceAudit, audit_preferences
 from stagewise.data.preferences import SAME_ANSWERS, PreferenceOptions, tokenize_preferences
 from stagewise.data.prompts import PromptOptions, prompt_hashes, tokenize_prompts
-from stagewise.data.records import TWO_ANSWERS, Conversation, Document, RecordOptions
+from stagewise.data.records import TWO_ANSWERS, Conversation, Document, RecordOptions, check_columns
 from stagewise.data.streaming import RowStream
 from stagewise.data.tokenization import (
     TOO_LONG,
@@ -27,6 +28,8 @@ from stagewise.data.tokenization import (
     drop_unusable,
     encode_documents,
     encode_or_drop,
+    remedy,
+    special_tokens,
     tokenize_conversations,
     tokenize_documents,
 )
@@ -113,7 +116,7 @@ def load_conversations(
     args: DataArguments, renderer: Renderer, tokenizer, encoding: EncodingOptions, training_args
 ) -> StageData[audit.LabelAudit]:
     """Tokenized conversations for SFT, audited. Raises InputError for whatever data.md calls an error."""
-    options = _record_options(args, renderer.control_tokens)
+    options = _record_options("conversation", args, renderer.control_tokens)
 
     def prepare(records: Dataset, found: dict) -> tuple[Dataset, audit.LabelAudit]:
         encoded = tokenize_conversations(
@@ -131,7 +134,7 @@ def load_conversations(
         if args.on_bad_row == "skip" or (encoding.on_too_long == "drop" and TOO_LONG in row.dropped):
             logger.warning("row dropped: %s: %s", record["location"], row.dropped)
             return []
-        raise InputError(f"{record['location']}: {row.dropped}; mend the row, or pass --on_bad_row skip")
+        raise InputError(f"{record['location']}: {row.dropped}; {remedy(row.dropped)}, or pass --on_bad_row skip")
 
     if args.streaming:
         return _stream("conversation", args, options, training_args, prepare, encode)
@@ -163,7 +166,7 @@ def load_preferences(
         _count_rows(found, encoded)
         return _usable(encoded, found, args.on_bad_row, SAME_ANSWERS), checked
 
-    options = _record_options(args, renderer.control_tokens)
+    options = _record_options("preference", args, renderer.control_tokens)
     train, validation, report = _load_splits("preference", args, options, training_args)
     train, checked = prepare(train, report["train"])
     if validation is not None:
@@ -192,7 +195,7 @@ def load_prompts(
         _count_rows(found, encoded)
         return _usable(encoded, found, args.on_bad_row, None)
 
-    record_options = _record_options(args, renderer.control_tokens)
+    record_options = _record_options("prompt", args, renderer.control_tokens)
     train, validation, report = _load_splits("prompt", args, record_options, training_args)
     train = prepare(train, report["train"])
     if validation is not None:
@@ -211,7 +214,7 @@ def load_documents(
     keep_linebreaks: bool = True,
 ) -> StageData[audit.LabelAudit]:
     """Tokenized blocks for pretraining."""
-    options = _record_options(args, ())
+    options = _record_options("document", args, special_tokens(tokenizer))
     workers, use_cache = args.preprocessing_num_workers, _uses_cache(args, training_args)
     text_files: dict[str, Any] = {"document_separator": document_separator, "keep_linebreaks": keep_linebreaks}
 
@@ -332,7 +335,9 @@ def _check_streaming(args: DataArguments, training_args) -> None:
             raise InputError(message)
 
 
-def _record_options(args: DataArguments, control_tokens: tuple[str, ...]) -> RecordOptions:
+def _record_options(kind: str, args: DataArguments, control_tokens: tuple[str, ...]) -> RecordOptions:
+    columns = parse_columns(args.columns)
+    check_columns(kind, columns)
     return RecordOptions(
         assistant_name=args.assistant_name,
         assistant_author=args.assistant_author,
@@ -340,6 +345,7 @@ def _record_options(args: DataArguments, control_tokens: tuple[str, ...]) -> Rec
         control_tokens=control_tokens,
         keep_control_tokens=args.keep_control_tokens,
         allow_mixed=args.allow_mixed,
+        columns=columns,
     )
 
 
@@ -363,6 +369,9 @@ def _load_splits(
             kind, args.validation_file_dir, args, options, training_args, **text_files
         )
     elif training_args.do_eval:
+        for name, found in train_reports.items():
+            if len(train[name]) < 2 and found.remarks:
+                raise InputError(f"data set '{name}' has 1 row, too few to hold one out: {found.remarks[0]}")
         train, validation = sources.split_validation(train, args.validation_split_percentage, seed)
     else:
         validation = {}
@@ -475,7 +484,7 @@ def _add(counts: dict, key: str, value: int) -> None:
 
 def _merge_counts(counts: dict, key: str, reasons) -> None:
     """Reasons without their figures ("1700 tokens, more than ..."), so that equal ones count together."""
-    found = Counter(re.sub(r"^\d+ tokens, ", "", reason) for reason in reasons if reason)
+    found = Counter(re.sub(r"^\d+ (tokens|characters), ", "", reason) for reason in reasons if reason)
     counts[key] = dict(Counter(counts.get(key, {})) + found)
 
 

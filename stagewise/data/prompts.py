@@ -13,7 +13,14 @@ from datasets import Dataset
 
 from stagewise.data.preferences import PROMPT_TRUNCATED, shorter_prompts
 from stagewise.data.records import Prompt
-from stagewise.data.tokenization import Messages, Renderer, cache_key, map_batches, tokenizer_fingerprint
+from stagewise.data.tokenization import (
+    Messages,
+    Renderer,
+    cache_key,
+    encode_texts,
+    map_batches,
+    tokenizer_fingerprint,
+)
 from stagewise.errors import InputError
 from template import TemplateError
 
@@ -67,8 +74,7 @@ def _render(prompt: Prompt, messages: Messages, renderer: Renderer) -> str:
 
 
 def _tokenize(texts: list[str], tokenizer) -> list[EncodedPrompt]:
-    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return [EncodedPrompt(row, text) for row, text in zip(ids, texts, strict=True)]
+    return [EncodedPrompt(ids, text) for (ids, _), text in zip(encode_texts(texts, tokenizer), texts, strict=True)]
 
 
 def _fits(row: EncodedPrompt, options: PromptOptions) -> bool:

@@ -8,18 +8,20 @@ A row arrives as a dict in one of the formats of ``FORMATS``. ``from_row`` valid
 - ``Prompt``: messages that wait for an answer (PPO).
 
 Messages are a list of dicts ``{"role": "system" | "user" | "assistant" | "tool", "content": str}``; an assistant
-message may also carry ``reasoning_content`` (str) and ``tool_calls`` (OpenAI's list, arguments as an object), a tool
-message ``name`` and ``tool_call_id``. A system message stands only at index 0. A row is never repaired: what cannot be
-read without guessing raises ``RowError``, which names the field, what was found and what was expected.
+message may also carry ``reasoning_content`` (str), ``tool_calls`` (OpenAI's list, arguments as an object) and, in a
+``Conversation``, ``weight`` 0 where the answer is not to be trained; a tool message ``name`` and ``tool_call_id``. A
+system message stands only at index 0. A row is never repaired: what cannot be read without guessing raises
+``RowError``, which names the field, what was found and what was expected; what is not read, ``unread_columns`` names.
 
 Pure Python: neither ``datasets`` nor ``torch`` is imported, so that a converter can use it at no cost.
 """
 
 import json
 import math
+import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, KeysView
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, ClassVar, TypeVar
 
@@ -37,23 +39,39 @@ _ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
     "bot": "assistant",
+    "model": "assistant",
     "tool": "tool",
+    "function": "tool",
+    "developer": "system",
     "observation": "tool",
 }
 _FUNCTION_CALL = "function_call"
 # Levels of a tool or call: more than anybody writes, and fewer than a template can write out.
 _MAX_DEPTH = 100
 
-# A tool result may follow an answer without structured calls: several public sets write the call into its text.
+# Templates render the same order: a tool result follows a call, and not an answer that has the call in its text.
 _FOLLOWERS = {
     "system": {"user"},
     "user": {"assistant"},
-    "assistant": {"user", "tool"},
+    "assistant": {"user"},
     "tool": {"tool", "assistant"},
 }
 
 _PROMPT_KEYS = ("prompt", "question", "query", "input")
 _ANSWER_KEYS = ("answer", "response", "output")
+_SYSTEM_KEYS = ("system", "system_prompt")
+_TOOL_KEYS = ("tools", "functions")
+# Reasoning of an answer, in its turn or, of rows with one answer, beside it: names of DeepSeek and Qwen, of gpt-oss,
+# of OpenRouter.
+_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+# Whether a turn is trained: OpenAI's and mistral-finetune's, LLaMA-Factory's, ms-swift's, axolotl's.
+_WEIGHT_KEYS = ("weight", "loss_weight", "loss", "loss_scale", "train", "training", "trainable")
+# axolotl's marks of parts of an answer.
+_PART_WEIGHTS = "train_detail"
+_TURN_KEYS = frozenset(
+    ("from", "value", "role", "content", "tool_calls", "function_call", *_REASONING_KEYS, *_WEIGHT_KEYS)
+)
+_RESULT_KEYS = frozenset(("name", "tool_call_id"))
 
 _PLACEHOLDERS = {
     "<NAME>": "assistant_name",
@@ -89,10 +107,11 @@ class RecordOptions:
     assistant_name, assistant_author: replace the placeholders of self-cognition data. A placeholder without its value
         makes the row bad, because the model would learn to call itself ``<NAME>``.
     use_reference: put the ``reference`` passages of a law triplet before its question.
-    control_tokens: strings of the template that delimit turns. Content that contains one would be parsed as the real
-        one, so the row is bad unless keep_control_tokens.
+    control_tokens: strings that the tokenizer takes for one special token, the template's and its own. Content that
+        contains one would be parsed as the real one, so the row is bad unless keep_control_tokens.
     allow_mixed: accept files whose rows are in different formats (checked by the reader of the file).
     keep_placeholders: leave placeholders as they are (for converting a file, not for training).
+    columns: (key that the formats know, column of the file) pairs, applied before anything else.
     """
 
     assistant_name: str | None = None
@@ -102,6 +121,7 @@ class RecordOptions:
     keep_control_tokens: bool = False
     allow_mixed: bool = False
     keep_placeholders: bool = False
+    columns: tuple[tuple[str, str], ...] = ()
 
 
 DEFAULT_OPTIONS = RecordOptions()
@@ -115,8 +135,8 @@ class RowFormat:
     kind: str
     keys: tuple[tuple[str, ...], ...]
 
-    def matches(self, row: dict) -> bool:
-        return not any(row.keys().isdisjoint(group) for group in self.keys)
+    def matches(self, keys: set[str] | KeysView[str]) -> bool:
+        return not any(keys.isdisjoint(group) for group in self.keys)
 
     def __str__(self) -> str:
         return " + ".join("/".join(group) for group in self.keys)
@@ -137,6 +157,29 @@ FORMATS = (
     RowFormat("document", "document", (("text",),)),
 )
 _QUESTION_ONLY = RowFormat("question", "prompt", (_PROMPT_KEYS,))
+# A law triplet without passages is still one, and input without the instruction would be another question.
+_NULLABLE = frozenset(("reference", "instruction"))
+
+_COMMON_KEYS = (*_SYSTEM_KEYS, *_TOOL_KEYS)
+_ONE_ANSWER_KEYS = (*_COMMON_KEYS, "history", *_REASONING_KEYS)
+_PAIR_KEYS = (*_COMMON_KEYS, "chosen", "rejected", "margin")
+_LISTS_OF_TURNS = ("conversations", "messages", "chat_rounds", "prompt", "chosen", "rejected")
+# What the readers below read of a row.
+_READ_KEYS: dict[str, frozenset[str]] = {
+    "preference": frozenset((*_COMMON_KEYS, "history", "question", "response_chosen", "response_rejected", "margin")),
+    "preference_sharegpt": frozenset((*_PAIR_KEYS, "conversations")),
+    "preference_trl": frozenset((*_PAIR_KEYS, "history", "instruction", *_PROMPT_KEYS)),
+    "sharegpt": frozenset((*_COMMON_KEYS, "conversations")),
+    "messages": frozenset((*_COMMON_KEYS, "messages")),
+    "mft": frozenset((*_COMMON_KEYS, "chat_rounds")),
+    "alpaca": frozenset((*_ONE_ANSWER_KEYS, "instruction", "input", "output")),
+    "law": frozenset((*_ONE_ANSWER_KEYS, "input", "output", "reference")),
+    "qa": frozenset((*_ONE_ANSWER_KEYS, "instruction", *_PROMPT_KEYS, *_ANSWER_KEYS)),
+    "question": frozenset((*_ONE_ANSWER_KEYS, "instruction", *_PROMPT_KEYS)),
+    "document": frozenset(("text",)),
+}
+# A prompt is asked for, so that no answer is looked at.
+_ANSWERS = frozenset((*_ANSWER_KEYS, "chosen", "rejected", "response_chosen", "response_rejected", "margin"))
 
 
 def detect_format(row: dict, kind: str | None = None) -> str:
@@ -149,14 +192,18 @@ def detect_format(row: dict, kind: str | None = None) -> str:
     if not isinstance(row, dict):
         raise RowError("row", _describe(row), "an object")
     wanted = _formats_of(kind)
-    for row_format in wanted:
-        if row_format.matches(row):
-            return row_format.name
+    # Arrow gives every row every key; one that is null says nothing, but where nothing else fits it is what is wrong.
+    filled = {key for key, value in row.items() if value is not None or key in _NULLABLE}
+    for keys in (filled, row.keys()):
+        for row_format in wanted:
+            if row_format.matches(keys):
+                return row_format.name
     found = f"the keys {_keys(row)}"
-    others = [row_format for row_format in FORMATS if row_format.matches(row)]
+    others = [row_format for row_format in FORMATS if row_format.matches(row.keys())]
     if others:
         found += f" (the format {others[0].name}, a {others[0].kind})"
-    raise RowError("keys", found, f"the keys of a {kind or 'known'} row: {'; '.join(map(str, wanted))}")
+    expected = f"the keys of a {kind or 'known'} row: {'; '.join(map(str, wanted))}"
+    raise RowError("keys", found, f"{expected} (columns under other names: --columns KEY=COLUMN)")
 
 
 def check_same_format(row_format: str, file_format: str, options: RecordOptions) -> None:
@@ -164,6 +211,67 @@ def check_same_format(row_format: str, file_format: str, options: RecordOptions)
     if row_format != file_format and not options.allow_mixed:
         expected = f"{file_format} as in the rows before (--allow_mixed reads mixed files)"
         raise RowError("keys", f"a row of the format {row_format}", expected)
+
+
+def check_columns(kind: str, columns: Iterable[tuple[str, str]]) -> None:
+    """Raise InputError for a key of --columns that no row of this kind is read from."""
+    known = set().union(*(_READ_KEYS[row_format.name] for row_format in _formats_of(kind)))
+    known |= _ANSWERS if kind == "prompt" else set()
+    for key, column in columns:
+        if key not in known:
+            raise InputError(
+                f"--columns {key}={column}: found {key!r}, expected a key that a {kind} is read from: "
+                f"{', '.join(sorted(known))}"
+            )
+
+
+def rename_columns(row: Any, columns: tuple[tuple[str, str], ...]) -> tuple[Any, list[str], list[str]]:
+    """(the row with the keys of --columns, columns of it that the row has not, keys of the row that they displace)."""
+    if not columns or not isinstance(row, dict):
+        return row, [], []
+    keys, sources = {key for key, _ in columns}, {column for _, column in columns}
+    absent = [column for _, column in columns if column not in row]
+    displaced = [key for key in row if key in keys and key not in sources and _is_filled(row[key])]
+    renamed = {key: value for key, value in row.items() if key not in keys and key not in sources}
+    return renamed | {key: row[column] for key, column in columns if column in row}, absent, displaced
+
+
+def unread_columns(row: dict, kind: str, row_format: str, options: RecordOptions) -> list[str]:
+    """The keys of a row, and of its turns, that hold something that is not read ("context", "messages[].score").
+
+    Raises RowError for one that --columns has made: nothing of what is asked for may be left out.
+    """
+    read = _READ_KEYS[row_format]
+    if row_format == "law" and not options.use_reference:
+        read = read - {"reference"}
+    if row_format == "preference_trl" and isinstance(_turns_in_cell(row.get("prompt")), list):
+        read = read - {"instruction", *_PROMPT_KEYS} | {"prompt"}
+    if kind == "prompt":
+        read = read | _ANSWERS
+    unread = [_name(key) for key, value in row.items() if key not in read and _is_filled(value)]
+    asked = [key for key, _ in options.columns if key in unread]
+    if asked:
+        raise RowError(asked[0], f"a column that --columns asks for in a row of the format {row_format}",
+                       f"one of {', '.join(sorted(read))}")  # fmt: skip
+    for key in _LISTS_OF_TURNS:
+        if key in read and key in row:
+            unread += sorted(_unread_in_turns(row[key], key))
+    return unread
+
+
+def _unread_in_turns(value: Any, key: str) -> set[str]:
+    value = _turns_in_cell(value)
+    unread = set()
+    for turn in value if isinstance(value, list) else [value]:
+        if isinstance(turn, dict) and not turn.keys() <= _TURN_KEYS:
+            result = _ROLES.get(str(turn.get("role") or turn.get("from"))) == "tool"
+            others = turn.keys() - _TURN_KEYS - (_RESULT_KEYS if result else frozenset())
+            unread |= {f"{key}[].{_name(name)}" for name in others if _is_filled(turn[name])}
+    return unread
+
+
+def _is_filled(value: Any) -> bool:
+    return value is not None and not (isinstance(value, str | list | dict) and not value)
 
 
 @cache
@@ -230,7 +338,13 @@ class Conversation(_Record):
         """
         row_format = _require_format(row, cls.kind, row_format)
         turns = _CONVERSATION_READERS[row_format](row, options)
-        return cls(_messages(turns, options), _tools(row.get("tools"), options))
+        messages = _messages(turns, options)
+        for message, turn in zip(messages, _without_empty_system(turns), strict=True):
+            if turn.weight == 0 and turn.role == "assistant":
+                message["weight"] = 0
+        if all(message.get("weight") == 0 for message in messages if message["role"] == "assistant"):
+            raise RowError(turns[-1].field, "weight 0 in every answer", "an answer that is trained")
+        return cls(messages, _row_tools(row, options))
 
 
 @dataclass(frozen=True)
@@ -263,8 +377,10 @@ class PreferencePair(_Record):
             _messages(prompt + chosen, options)[len(prompt) :],
             _messages(prompt + rejected, options)[len(prompt) :],
             _margin(row.get("margin")),
-            _tools(row.get("tools"), options),
+            _row_tools(row, options),
         )
+        if any(turn.weight == 0 for turn in [*chosen, *rejected]):
+            raise RowError(chosen[0].field, "an answer of weight 0", "answers without weights")
         if pair.chosen == pair.rejected:
             raise RowError(rejected[-1].field, "the same text as in the chosen answer", TWO_ANSWERS)
         return pair
@@ -288,7 +404,7 @@ class Prompt(_Record):
             *turns, answer = turns
             if not turns:
                 raise RowError(answer.field, "an answer alone", "a question before it")
-        return cls(_messages(turns, options, answered=False), _tools(row.get("tools"), options))
+        return cls(_messages(turns, options, answered=False), _row_tools(row, options))
 
 
 Record = Document | Conversation | PreferencePair | Prompt
@@ -301,7 +417,7 @@ def _require_format(row: dict, kind: str, row_format: str | None) -> str:
     known = {each.name: each for each in _formats_of(kind)}
     if row_format not in known:
         raise ValueError(f"a {kind} is not read from the format {row_format!r}, but from {', '.join(known)}")
-    if not isinstance(row, dict) or not known[row_format].matches(row):
+    if not isinstance(row, dict) or not known[row_format].matches(row.keys()):
         raise RowError("keys", _describe(row), f"those of the format {row_format}: {known[row_format]}")
     return row_format
 
@@ -320,26 +436,62 @@ class _Turn:
     tool_calls: Any = None
     name: Any = None
     tool_call_id: Any = None
+    weight: int = 1
 
 
 def _turn(value: Any, where: str) -> _Turn:
     if not isinstance(value, dict):
         raise RowError(where, _describe(value), "a turn such as {'from': 'human', 'value': ...}")
-    role_key, content_key = ("from", "value") if "from" in value else ("role", "content")
+    sharegpt = "from" in value and (value["from"] is not None or "role" not in value)
+    role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
     speaker, content = value.get(role_key), value.get(content_key)
-    if speaker == _FUNCTION_CALL:
-        return _Turn("assistant", "", f"{where}.{content_key}", tool_calls="" if content is None else content)
-    if not isinstance(speaker, str) or speaker not in _ROLES:
+    if speaker != _FUNCTION_CALL and not (isinstance(speaker, str) and speaker in _ROLES):
         raise RowError(f"{where}.{role_key}", _describe(speaker), f"one of {', '.join([*_ROLES, _FUNCTION_CALL])}")
-    return _Turn(
-        _ROLES[speaker],
+    turn = _Turn(
+        _ROLES.get(speaker, "assistant"),
         content,
         f"{where}.{content_key}",
-        value.get("reasoning_content"),
-        value.get("tool_calls"),
+        _reasoning(value, f"{where}."),
+        _only_value(value, ("tool_calls", "function_call"), f"{where}."),
         value.get("name"),
         value.get("tool_call_id"),
+        _weight(value, where),
     )
+    if turn.role != "assistant" and turn.reasoning_content:
+        raise RowError(turn.field, f"reasoning in {_turn_of(turn.role)}", "reasoning in assistant turns only")
+    if turn.role != "assistant" and turn.weight == 1 and any(value.get(key) for key in _WEIGHT_KEYS):
+        expected = "weight 0 or none: only answers are trained (--train_on_prompt trains every token)"
+        raise RowError(turn.field, f"weight 1 in {_turn_of(turn.role)}", expected)
+    if speaker == _FUNCTION_CALL:
+        return replace(turn, content="", tool_calls="" if content is None else content)
+    return turn
+
+
+def _only_value(value: dict, keys: tuple[str, ...], where: str) -> Any:
+    """What one of the keys holds; that several hold the same is no harm, and None where all are empty."""
+    filled = [key for key in keys if _is_filled(value.get(key))]
+    for key in filled[1:]:
+        if value[key] != value[filled[0]]:
+            raise RowError(f"{where}{key}", f"another text than in {filled[0]}", "one of the two")
+    return value[filled[0]] if filled else None
+
+
+def _reasoning(value: dict, where: str = "") -> Any:
+    return _only_value(value, _REASONING_KEYS, where)
+
+
+def _weight(turn: dict, where: str) -> int:
+    """0 where the turn is not to be trained, else 1. A weight in between is refused: the loss knows none."""
+    if _is_filled(turn.get(_PART_WEIGHTS)):
+        expected = "whole answers: weight 0 or 1 beside the turn's content"
+        raise RowError(f"{where}.{_PART_WEIGHTS}", "parts of an answer that are trained or not", expected)
+    weights = {key: turn[key] for key in _WEIGHT_KEYS if turn.get(key) is not None}
+    for key, weight in weights.items():
+        if not isinstance(weight, int | float) or weight not in (0, 1):
+            raise RowError(f"{where}.{key}", _describe(weight), "0 or false (not trained), 1 or true")
+    if len(set(map(int, weights.values()))) > 1:
+        raise RowError(f"{where}.{[*weights][1]}", f"another weight than in {[*weights][0]}", "the same weight")
+    return int(next(iter(weights.values()), 1))
 
 
 def _turn_list(value: Any, where: str) -> list[_Turn]:
@@ -355,7 +507,7 @@ def _some_turns(value: Any, where: str) -> list[_Turn]:
 
 def _with_system(row: dict, turns: list[_Turn]) -> list[_Turn]:
     """The turns with the row's system prompt in front; where there are several, they must say the same."""
-    for key in ("system", "system_prompt"):
+    for key in _SYSTEM_KEYS:
         system = row.get(key)
         if system is None or system == "":
             continue
@@ -402,13 +554,16 @@ def _listed_turns(row: dict, options: RecordOptions, key: str) -> list[_Turn]:
 
 
 def _alpaca_turns(row: dict, options: RecordOptions) -> list[_Turn]:
-    answer = _Turn("assistant", row["output"], "output")
-    return _with_system(row, [*_history_turns(row), _instruction(row), answer])
+    return _with_system(row, [*_history_turns(row), _instruction(row), _answer(row, "output")])
 
 
 def _pair_turns(row: dict, options: RecordOptions) -> list[_Turn]:
-    answer = _only_key(row, _ANSWER_KEYS)
-    return [*_question_turns(row, options), _Turn("assistant", row[answer], answer)]
+    return [*_question_turns(row, options), _answer(row, _only_key(row, _ANSWER_KEYS))]
+
+
+def _answer(row: dict, key: str) -> _Turn:
+    """The one answer of a row, with the reasoning that stands beside it."""
+    return _Turn("assistant", row[key], key, _reasoning(row))
 
 
 def _question_turns(row: dict, options: RecordOptions) -> list[_Turn]:
@@ -421,7 +576,7 @@ def _law_turns(row: dict, options: RecordOptions) -> list[_Turn]:
         passages = _as_list(row["reference"], "reference")
         texts = [_text(each, f"reference[{index}]") for index, each in enumerate(passages)]
         question = "\n".join([*texts, question])
-    turns = [_Turn("user", question, "input"), _Turn("assistant", row["output"], "output")]
+    turns = [_Turn("user", question, "input"), _answer(row, "output")]
     return _with_system(row, [*_history_turns(row), *turns])
 
 
@@ -604,7 +759,8 @@ def _tool_call(value: Any, where: str) -> dict:
     return call if value.get("id") is None else {"id": value["id"], **call}
 
 
-def _tools(value: Any, options: RecordOptions) -> list[dict] | None:
+def _row_tools(row: dict, options: RecordOptions) -> list[dict] | None:
+    value = _only_value(row, _TOOL_KEYS, "")
     tools = [_tool(each, f"tools[{index}]") for index, each in enumerate(_as_list(value, "tools"))]
     if not tools:
         return None
@@ -672,10 +828,23 @@ def _check_encodable(text: str, where: str) -> None:
 def _check_control_tokens(text: str, where: str, options: RecordOptions) -> None:
     if options.keep_control_tokens:
         return
-    for token in options.control_tokens:
-        if token in text:
-            expected = "no control token of the template (--keep_control_tokens allows them)"
-            raise RowError(where, f"the control token {token}", expected)
+    starts, pattern = _token_pattern(options.control_tokens)
+    found = pattern.search(text) if any(start in text for start in starts) else None
+    if found:
+        expected = (
+            "no text that the tokenizer takes for a special token; write it otherwise, or pass --keep_control_tokens "
+            "True to train it as that token"
+        )
+        raise RowError(where, f"the control token {found.group()}", expected)
+
+
+@cache
+def _token_pattern(tokens: tuple[str, ...]) -> tuple[tuple[str, ...], re.Pattern]:
+    """(how the tokens begin, a pattern of all): a tokenizer may have hundreds, and few texts have such a beginning."""
+    firsts = {token[0] for token in tokens if token}
+    starts = tuple(os.path.commonprefix([token for token in tokens if token[:1] == first]) for first in sorted(firsts))
+    longest_first = sorted(filter(None, tokens), key=len, reverse=True)
+    return starts, re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def _check_json(value: Any, where: str, options: RecordOptions) -> None:
@@ -733,5 +902,8 @@ def _describe(value: Any) -> str:
 
 def _keys(value: dict) -> str:
     """The first dozen keys; in a file of another kind a text may stand in their place."""
-    names = sorted(map(str, value))[:12]
-    return ", ".join(name if len(name) <= 40 and name.isprintable() else _describe(name) for name in names) or "(none)"
+    return ", ".join(map(_name, sorted(map(str, value))[:12])) or "(none)"
+
+
+def _name(key: Any) -> str:
+    return key if isinstance(key, str) and len(key) <= 40 and key.isprintable() else _describe(str(key))

@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import (
     ArrowBasedBuilder,
     BuilderConfig,
@@ -45,6 +47,7 @@ from stagewise.data.files import (
     START,
     BadRow,
     DataReport,
+    Note,
     Position,
     below_home,
     check_document_separator,
@@ -54,14 +57,23 @@ from stagewise.data.files import (
     find_files,
     iter_rows,
     printable,
+    without_nulls,
 )
-from stagewise.data.records import RECORD_TYPES, RecordOptions, RowError, check_same_format, detect_format
+from stagewise.data.records import (
+    RECORD_TYPES,
+    RecordOptions,
+    RowError,
+    check_same_format,
+    detect_format,
+    rename_columns,
+    unread_columns,
+)
 from stagewise.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 # Part of every cache key: raise it whenever a row of the same file would give another record than before.
-_RECORDS_VERSION = 2
+_RECORDS_VERSION = 3
 
 # In a stream the share of bad rows means something only after this many rows.
 _STREAM_CHECK_ROWS = 100
@@ -71,10 +83,11 @@ _WRITE_ROWS = 200
 
 _RECORD_FEATURES = Features({name: Value("string") for name in ("record", "location", "dataset")})
 # error: "" for a usable row, otherwise what is wrong with it (record is then ""). reason: what equal errors are
-# counted under. ends_file: "yes" where the rest of the file is lost too.
-_CHECK_COLUMNS = ["error", "reason", "ends_file"]
+# counted under. ends_file: "yes" where the rest of the file is lost too. notes: what DataReport.add_note reads.
+_CHECK_COLUMNS = ["error", "reason", "ends_file", "notes"]
 _CHECKED_FEATURES = Features({name: Value("string") for name in [*_RECORD_FEATURES, *_CHECK_COLUMNS]})
 
+_HELD_OUT = re.compile(r"(test|validation|valid|val|dev|eval)(?![a-z])")
 _MIX_STRATEGIES = {"interleave_under": "first_exhausted", "interleave_over": "all_exhausted"}
 
 
@@ -96,6 +109,8 @@ def find_sources(spec: str, flag: str = "--train_file_dir") -> list[Source]:
     origin: dict[str, Path] = {}
     for path in _split_paths(spec, flag):
         files = tuple(find_files(path))
+        if flag == "--train_file_dir":
+            _warn_of_held_out(path, files)
         name = data_name(path)
         if name in origin:
             raise InputError(
@@ -105,6 +120,19 @@ def find_sources(spec: str, flag: str = "--train_file_dir") -> list[Source]:
         sources.append(Source(name, files))
         origin[name] = path
     return sources
+
+
+def _warn_of_held_out(path: Path, files: tuple[Path, ...]) -> None:
+    """A folder of the hub has the files of all splits side by side."""
+    if not any(file.name.lower().startswith("train") for file in files):
+        return
+    held_out = [file.name for file in files if _HELD_OUT.match(file.name.lower())]
+    if held_out:
+        logger.warning(
+            "%s: %s beside the files of training: all are trained on; name the files one by one to leave some out",
+            path,
+            ", ".join(held_out),
+        )
 
 
 def source_names(spec: str) -> tuple[str, ...]:
@@ -143,6 +171,7 @@ class _Reader:
     options: RecordOptions
     document_separator: str = "blank_line"
     keep_linebreaks: bool = True
+    version: int = _RECORDS_VERSION
 
     def __post_init__(self):
         check_document_separator(self.document_separator)
@@ -156,6 +185,9 @@ class _Reader:
         for row in rows:
             empty = False
             checked, file_format = self.check(row.value, f"{printable(path)}:{row.line}", file_format)
+            if row.note:
+                place = printable(path).replace("\n", " ")
+                checked["notes"] += f"{Note.REMARK}{place}: {row.note}\n"
             yield checked, row.end, file_format
         if empty:
             bad = BadRow("the file holds no rows", "a file without rows", ends_file=True)
@@ -169,14 +201,20 @@ class _Reader:
         if isinstance(row, BadRow):
             problem = {"error": row.problem, "reason": row.reason, "ends_file": "yes" if row.ends_file else ""}
             return checked | problem, file_format
+        named, absent, unread = rename_columns(row, self.options.columns)
         try:
-            row_format = detect_format(row, self.kind)
+            row_format = detect_format(named, self.kind)
             file_format = file_format or row_format
             check_same_format(row_format, file_format, self.options)
-            record = RECORD_TYPES[self.kind].from_row(row, self.options, row_format)
+            record = RECORD_TYPES[self.kind].from_row(named, self.options, row_format)
+            unread += unread_columns(named, self.kind, row_format, self.options)
         except RowError as error:
+            if absent:
+                found = f"{error.found}, and no column {' or '.join(absent)}, which --columns names"
+                error = RowError(error.field, found, error.expected)
             return checked | {"error": str(error), "reason": error.reason}, file_format
-        return checked | {"record": record.to_json()}, file_format
+        notes = [f"{Note.UNREAD}{name}\n" for name in unread] + [f"{Note.ABSENT}{name}\n" for name in absent]
+        return checked | {"record": record.to_json(), "notes": "".join(notes)}, file_format
 
 
 def _generate(files: list[Path], reader: _Reader, max_samples: int | None) -> Iterator[dict[str, str]]:
@@ -259,7 +297,7 @@ def load_records(
     for source in sources:
         reader = _Reader(kind, source.name, options, document_separator, keep_linebreaks)
         checked = _load_checked(source, reader, max_samples, num_proc, cache_dir, overwrite_cache)
-        report = DataReport(source.name, list(map(printable, source.files)))
+        report = DataReport(source.name, list(map(printable, source.files)), columns=dict(options.columns))
         loaded[source.name] = _settle(checked, report, on_bad_row)
         reports[source.name] = report
     return loaded, reports
@@ -345,7 +383,7 @@ def load_hub_dataset(
         raise InputError(f"--dataset_name {name}, split {split}: the data set holds no rows")
     reader = _Reader(kind, hub_name(name), options)
     checked = raw.map(
-        partial(_check_hub_row, reader=reader, origin=f"{name}[{split}]", file_format=_format_of(raw[0], kind)),
+        partial(_check_hub_row, reader=reader, origin=f"{name}[{split}]", file_format=_format_of(raw[0], reader)),
         with_indices=True,
         features=_CHECKED_FEATURES,
         remove_columns=raw.column_names,
@@ -353,17 +391,17 @@ def load_hub_dataset(
         load_from_cache_file=not overwrite_cache,
         desc=f"Checking {reader.dataset}",
     )
-    report = DataReport(reader.dataset, [f"{name}[{split}]"])
+    report = DataReport(reader.dataset, [f"{name}[{split}]"], columns=dict(options.columns))
     return _settle(checked, report, on_bad_row), report
 
 
 def _check_hub_row(row: dict, index: int, reader: _Reader, origin: str, file_format: str | None) -> dict[str, str]:
-    return reader.check(dict(row), f"{origin} row {index + 1}", file_format)[0]
+    return reader.check(without_nulls(dict(row)), f"{origin} row {index + 1}", file_format)[0]
 
 
-def _format_of(row: dict, kind: str) -> str | None:
+def _format_of(row: dict, reader: _Reader) -> str | None:
     try:
-        return detect_format(row, kind)
+        return detect_format(rename_columns(row, reader.options.columns)[0], reader.kind)
     except RowError:
         return None
 
@@ -383,6 +421,9 @@ def _settle(checked: Dataset, report: DataReport, on_bad_row: str) -> Dataset:
     """Fill in the report, stop where the bad rows demand it, and leave the usable rows."""
     _count(checked, report)
     report.raise_if_unusable(on_bad_row)
+    report.raise_if_absent()
+    for note in report.notes():
+        logger.warning("data set '%s': %s", report.dataset, note)
     if not report.rows_bad:
         return checked.remove_columns(_CHECK_COLUMNS)
     usable = checked.filter(_is_usable, input_columns=["error"], desc=f"Dropping bad rows of {report.dataset}")
@@ -400,6 +441,8 @@ def _count(checked: Dataset, report: DataReport) -> None:
         errors = np.flatnonzero(batch["error"].to_numpy() != "")
         for bad in batch.take(errors).to_pylist():
             report.add_bad(bad["location"], bad["error"], bad["reason"], bool(bad["ends_file"]))
+        for counted in pc.value_counts(batch["notes"]).to_pylist():
+            report.add_notes(counted["values"], counted["counts"])
 
 
 # --- streams ---------------------------------------------------------------------------------------------------------
@@ -435,7 +478,7 @@ def stream_records(
     streams, reports = {}, {}
     for source in sources:
         reader = _Reader(kind, source.name, options, document_separator, keep_linebreaks)
-        report = DataReport(source.name, list(map(printable, source.files)))
+        report = DataReport(source.name, list(map(printable, source.files)), columns=dict(options.columns))
         stream = _RecordStream(source.files, reader, report, on_bad_row, max_samples)
         streams[source.name] = IterableDataset(stream, DatasetInfo(features=_RECORD_FEATURES))
         reports[source.name] = report
@@ -494,10 +537,15 @@ class _RecordStream(_BaseExamplesIterable):
                         return
             state.update(_BEGINNING, file=state["file"] + 1, usable=state["usable"])
         self.report.raise_if_unusable(self.on_bad_row)
+        self.report.raise_if_absent()
 
     def _accept(self, checked: dict[str, str]) -> bool:
         report = self.report
         report.rows_read += 1
+        if report.rows_read == _STREAM_CHECK_ROWS:
+            report.raise_if_absent()
+        for note in report.add_notes(checked["notes"]):
+            logger.warning("data set '%s': %s", report.dataset, note)
         if not checked["error"]:
             return True
         report.add_bad(checked["location"], checked["error"], checked["reason"], bool(checked["ends_file"]))

@@ -6,6 +6,7 @@ the model; labels follow the character offsets of the trained spans.
 
 import hashlib
 import json
+from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,10 +24,22 @@ from stagewise.losses.logprobs import IGNORE_INDEX
 from template import Rendered, Template, TemplateError
 
 # Part of every cache key: raise it when the ids or labels of the same input change.
-ENCODING_VERSION = 2
+ENCODING_VERSION = 3
 TOO_LONG = "more than max_length"
+NOTHING_TRAINED = "no trained token: no answer has a span, or --train_on last meets an answer of weight 0"
+# The tokenizer keeps some 200 bytes for each token of the texts that it has at hand: so many characters at once, and
+# so many of one text. Windows on a longer one share so many characters, and hand over after so many equal tokens.
+_LOT_CHARS, WINDOW_CHARS = 1 << 22, 1 << 18
+_OVERLAP_CHARS, _SAME_TOKENS = 1 << 12, 32
+QUESTION_TOO_LONG = "no trained token left after truncation to max_length"
 
 Messages = list[dict]
+
+
+def special_tokens(tokenizer) -> tuple[str, ...]:
+    """The texts that the tokenizer takes for a special token wherever they stand; its template writes some of them."""
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return tuple(dict.fromkeys((*tokenizer.all_special_tokens, *added)))
 
 
 class Renderer(Protocol):
@@ -54,10 +67,11 @@ class TemplateRenderer:
     def __init__(self, template: Template, tokenizer):
         self.template = template
         self.bos_token, self.eos_token = tokenizer.bos_token, tokenizer.eos_token
-        self.control_tokens = template.control_tokens(self.eos_token)
+        written = template.control_tokens(self.eos_token)
+        self.control_tokens = tuple(dict.fromkeys((*written, *special_tokens(tokenizer))))
         self.stop_tokens = template.stop_tokens(self.eos_token)
         self.fingerprint = json.dumps([template.to_jinja(), self.bos_token, self.eos_token])
-        split = [t for t in self.control_tokens if len(tokenizer(t, add_special_tokens=False).input_ids) != 1]
+        split = [t for t in written if len(tokenizer(t, add_special_tokens=False).input_ids) != 1]
         if split:
             raise InputError(
                 f"--template_name {template.name}: {', '.join(split)} is not one token of this tokenizer, so it "
@@ -90,7 +104,7 @@ class TokenizerRenderer:
                 "`python template.py` lists the templates"
             )
         self.tokenizer = tokenizer
-        self.control_tokens = tuple(tokenizer.all_special_tokens)
+        self.control_tokens = special_tokens(tokenizer)
         self.fingerprint = json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map])
         probe = self.render([{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}])
         answer = probe.text[slice(*probe.spans[-1])]
@@ -166,20 +180,36 @@ def encode_conversations(
     """Render and tokenize a batch; one call of the tokenizer for all rows that fit."""
     rendered = [renderer.render(c.messages, tools=c.tools) for c in conversations]
     rows = []
-    encodings = encode_texts([r.text for r in rendered], tokenizer)
+    encodings = encode_texts([r.text for r in rendered], tokenizer, options.max_length)
     for conversation, text, (ids, offsets) in zip(conversations, rendered, encodings, strict=True):
-        truncated = ""
+        truncated, weights = "", _weights(conversation, text.spans)
         if len(ids) > options.max_length:
             if options.on_too_long != "truncate":
-                rows.append(Encoded([], [], dropped=f"{len(ids)} tokens, {TOO_LONG} {options.max_length}"))
+                length = f"{len(ids)} tokens" if len(text.text) <= WINDOW_CHARS else f"{len(text.text)} characters"
+                rows.append(Encoded([], [], dropped=f"{length}, {TOO_LONG} {options.max_length}"))
                 continue
             text, ids, offsets, truncated = _truncate(conversation, renderer, tokenizer, options.max_length)
-        labels = label_ids(ids, offsets, text.spans, options.train_on, options.train_on_prompt)
+        weights = weights and weights[: len(text.spans)]
+        labels = label_ids(ids, offsets, text.spans, options.train_on, options.train_on_prompt, weights)
         if count_trained(labels[1:]) == 0:  # the first token is not predicted
-            rows.append(Encoded([], [], dropped="no trained token left after truncation to max_length"))
+            rows.append(Encoded([], [], dropped=QUESTION_TOO_LONG if truncated else NOTHING_TRAINED))
         else:
             rows.append(Encoded(ids, labels, truncated=truncated))
     return rows
+
+
+def _weights(conversation: Conversation, spans: Sequence) -> list[int] | None:
+    """The weight of each answer, which is that of its span, or None where every answer is trained.
+
+    Raises:
+        TemplateError: the template gives some answers no span, and it cannot be told which.
+    """
+    weights = [message.get("weight", 1) for message in conversation.messages if message["role"] == "assistant"]
+    if all(weights):
+        return None
+    if len(spans) != len(weights):
+        raise TemplateError("an answer has weight 0, and the template renders earlier answers differently")
+    return weights
 
 
 class _Offsets(Sequence):
@@ -200,15 +230,132 @@ class _Offsets(Sequence):
         return iter(self._encoding.offsets)
 
 
-def encode_texts(texts: Sequence[str], tokenizer) -> Iterator[tuple[list[int], Sequence[tuple[int, int]]]]:
+class _PackedOffsets(Sequence):
+    """The same of a long text, as numbers without an object for each."""
+
+    def __init__(self) -> None:
+        self.starts, self.ends = array("q"), array("q")
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index):
+        return self.starts[index], self.ends[index]
+
+
+def encode_texts(
+    texts: Sequence[str], tokenizer, limit: int | None = None
+) -> Iterator[tuple[list[int], Sequence[tuple[int, int]]]]:
     """Ids of each text and the characters that each token stands for, without special tokens of the tokenizer's own.
 
-    By the batch of the tokenizer behind transformers' own, whose other results take as long again to make.
+    By the batch of the tokenizer behind transformers' own, whose other results take as long again to make. The memory
+    of a batch does not grow with its texts: they come in lots, and long ones in windows. Of a text of more than
+    WINDOW_CHARS that has more than `limit` tokens, more than `limit` are given, and not all.
     """
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # which a tokenizer.json may switch on, as padding
     backend.no_padding()
-    return ((encoding.ids, _Offsets(encoding)) for encoding in backend.encode_batch(texts, add_special_tokens=False))
+    for lot in _lots(texts):
+        if len(lot[0]) > WINDOW_CHARS:
+            yield _encode_long(lot[0], backend, limit)
+            continue
+        for encoding in backend.encode_batch(lot, add_special_tokens=False):
+            yield encoding.ids, _Offsets(encoding)
+
+
+def _lots(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Neighbours of no more than _LOT_CHARS together; a text of more than WINDOW_CHARS is alone."""
+    lot: list[str] = []
+    chars = 0
+    for text in texts:
+        alone = len(text) > WINDOW_CHARS
+        if lot and (alone or chars + len(text) > _LOT_CHARS):
+            yield lot
+            lot, chars = [], 0
+        lot.append(text)
+        chars += len(text)
+        if alone:
+            yield lot
+            lot, chars = [], 0
+    if lot:
+        yield lot
+
+
+def _encode_long(text: str, backend, limit: int | None) -> tuple[list[int], _PackedOffsets]:
+    ids: list[int] = []
+    offsets = _PackedOffsets()
+    for tokens in _windows(text, backend):
+        ids += [token for token, _, _ in tokens]
+        offsets.starts.extend(start for _, start, _ in tokens)
+        offsets.ends.extend(end for _, _, end in tokens)
+        if limit is not None and len(ids) > limit:
+            break
+    return ids, offsets
+
+
+_Token = tuple[int, int, int]  # id, first character, the one after its last
+
+
+def _windows(text: str, backend) -> Iterator[list[_Token]]:
+    """The tokens of a text, in pieces that overlap nowhere.
+
+    Each window is tokenized by itself and begins inside the one before it. What a cut changes is near it: where both
+    windows have the same _SAME_TOKENS tokens in a row, the first hands over to the second. Where they nowhere agree
+    (one character a hundred thousand times), the first is doubled until it reaches behind that.
+    """
+    windows = _encoded_windows(text, backend)
+    first, end, window = next(windows)
+    valid, wanted = 0, 0  # from which character on the window's tokens count; how far it is to reach
+    for begin, end, following in windows:
+        border = None if wanted else _meeting(window, following)
+        if border is not None:
+            yield _between(window, valid, border)
+            first, window, valid = begin, following, border
+            continue
+        wanted = wanted or min(len(text), 2 * end - first)
+        if end >= wanted:
+            window, wanted = _encode_windows(text, [(first, end)], backend)[0], 0
+    yield _between(window, valid, len(text))
+
+
+def _encoded_windows(text: str, backend) -> Iterator[tuple[int, int, list[_Token]]]:
+    """(first character, the one after its last, tokens) of each; ever more at once, since few may be asked for."""
+    stride = WINDOW_CHARS - _OVERLAP_CHARS
+    places = [(begin, min(begin + WINDOW_CHARS, len(text))) for begin in range(0, len(text) - _OVERLAP_CHARS, stride)]
+    done = 0
+    while done < len(places):
+        lot = places[done : done + min(max(done, 1), _LOT_CHARS // WINDOW_CHARS)]
+        for (begin, end), tokens in zip(lot, _encode_windows(text, lot, backend), strict=True):
+            yield begin, end, tokens
+        done += len(lot)
+
+
+def _encode_windows(text: str, places: list[tuple[int, int]], backend) -> list[list[_Token]]:
+    encodings = backend.encode_batch([text[begin:end] for begin, end in places], add_special_tokens=False)
+    return [
+        [(token, begin + start, begin + end) for token, (start, end) in zip(each.ids, each.offsets, strict=True)]
+        for (begin, _), each in zip(places, encodings, strict=True)
+    ]
+
+
+def _meeting(window: list[_Token], following: list[_Token]) -> int | None:
+    """The character at which tokens of both windows begin that are the same for a while."""
+    places = {start: index for index, (_, start, _) in reversed([*enumerate(following)])}
+    first = bisect_left(window, following[0][1] + 1, key=itemgetter(1)) if following else len(window)
+    for index in range(first, len(window) - _SAME_TOKENS):
+        start = window[index][1]
+        place = places.get(start, 0)
+        # parts of one character have its place in common: the first of them is meant
+        if place and window[index - 1][1] < start and following[place - 1][1] < start:
+            run = window[index : index + _SAME_TOKENS]
+            if run == following[place : place + _SAME_TOKENS]:
+                return start
+    return None
+
+
+def _between(window: list[_Token], first: int, end: int) -> list[_Token]:
+    start = bisect_left(window, first, key=itemgetter(1))
+    return window[start : bisect_left(window, end, lo=start, key=itemgetter(1))]
 
 
 def _truncate(conversation: Conversation, renderer: Renderer, tokenizer, max_length: int):
@@ -218,7 +365,7 @@ def _truncate(conversation: Conversation, renderer: Renderer, tokenizer, max_len
     ends = ends or [len(messages)]
     for end in reversed(ends):
         rendered = renderer.render(messages[:end], tools=conversation.tools)
-        ids, offsets = next(encode_texts([rendered.text], tokenizer))
+        ids, offsets = next(encode_texts([rendered.text], tokenizer, max_length))
         if len(ids) <= max_length:
             return rendered, ids, offsets, "turns"
     return rendered, ids[:max_length], list(offsets)[:max_length], "answer"
@@ -230,21 +377,26 @@ def label_ids(
     spans: Sequence[tuple[int, int]],
     train_on: str = "all",
     train_on_prompt: bool = False,
+    weights: Sequence[int] | None = None,
 ) -> list[int]:
     """The ids of tokens that carry a character of a trained span, IGNORE_INDEX elsewhere.
 
     A token that straddles the start of a span is trained; one that starts at or after its end is not. Several tokens
-    of one multi-byte character share its offsets and stay together.
+    of one multi-byte character share its offsets and stay together. A span of weight 0 (`weights` has one for each
+    span, or is None for 1 everywhere) is never trained, by train_on_prompt neither.
     """
+    labels = list(ids) if train_on_prompt else [IGNORE_INDEX] * len(ids)
+    weighed = [(span, 1) for span in spans] if weights is None else list(zip(spans, weights, strict=True))
     if train_on_prompt:
-        return list(ids)
-    labels = [IGNORE_INDEX] * len(ids)
-    for start, end in spans[-1:] if train_on == "last" else spans:
+        weighed = [(span, weight) for span, weight in weighed if not weight]
+    elif train_on == "last":
+        weighed = weighed[-1:]
+    for (start, end), weight in weighed:
         first = bisect_left(offsets, start, key=itemgetter(0))
         while first > 0 and offsets[first - 1][1] > start:
             first -= 1
         stop = bisect_left(offsets, end, lo=first, key=itemgetter(0))
-        labels[first:stop] = ids[first:stop]
+        labels[first:stop] = ids[first:stop] if weight else [IGNORE_INDEX] * (stop - first)
     return labels
 
 
@@ -310,7 +462,22 @@ def encode_or_drop(
 def encode_documents(texts: Sequence[str], tokenizer) -> list[list[int]]:
     """BOS where the tokenizer adds one, the text, and one EOS."""
     eos = tokenizer.eos_token_id
-    return [row if row[-1:] == [eos] else [*row, eos] for row in tokenizer(list(texts), verbose=False)["input_ids"]]
+    rows: list[list[int]] = []
+    for lot in _lots(texts):
+        if len(lot[0]) <= WINDOW_CHARS:
+            rows += tokenizer(lot, verbose=False)["input_ids"]
+            continue
+        before, after = _added_around(tokenizer)
+        rows.append([*before, *next(encode_texts(lot, tokenizer))[0], *after])
+    return [row if row[-1:] == [eos] else [*row, eos] for row in rows]
+
+
+def _added_around(tokenizer) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer writes before and after a text."""
+    whole = tokenizer("a", verbose=False)["input_ids"]
+    bare = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    before = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    return whole[:before], whole[before + len(bare) :]
 
 
 def tokenize_documents(
@@ -350,6 +517,14 @@ def map_batches(
     )
 
 
+def remedy(reason: str) -> str:
+    """What to do about a row that is dropped for `reason`."""
+    if reason == QUESTION_TOO_LONG:
+        return "raise --model_max_length, or pass --on_too_long drop, which leaves rows that are too long out"
+    limits = {"max_prompt_length": "--max_prompt_length", "max_length": "--model_max_length"}
+    return next((f"raise {flag}" for name, flag in limits.items() if name in reason), "mend the row")
+
+
 def drop_unusable(dataset: Dataset, on_bad_row: str = "error", harmless: str | None = None) -> Dataset:
     """Without the rows that tokenization could not use.
 
@@ -367,12 +542,11 @@ def drop_unusable(dataset: Dataset, on_bad_row: str = "error", harmless: str | N
     if fatal and on_bad_row != "skip":
         first, reason = dataset[fatal[0]]["location"], reasons[fatal[0]].as_py()
         more = f" ({len(fatal) - 1} more rows cannot be used)" if len(fatal) > 1 else ""
-        limits = {"max_prompt_length": "--max_prompt_length", "max_length": "--model_max_length"}
-        remedy = next((f"raise {flag}" for name, flag in limits.items() if name in reason), "mend the row")
-        raise InputError(f"{first}: {reason}{more}; {remedy}, or pass --on_bad_row skip")
+        raise InputError(f"{first}: {reason}{more}; {remedy(reason)}, or pass --on_bad_row skip")
     if len(fatal) > MAX_BAD_SHARE * len(dataset):
+        first, reason = dataset[fatal[0]]["location"], reasons[fatal[0]].as_py()
         raise InputError(
             f"{len(fatal)} of {len(dataset)} rows cannot be used, more than {MAX_BAD_SHARE:.0%}, so --on_bad_row skip "
-            f"does not apply: mend them; the first: {dataset[fatal[0]]['location']}: {reasons[fatal[0]].as_py()}"
+            f"does not apply: {remedy(reason)}; the first: {first}: {reason}"
         )
     return dataset.select(np.setdiff1d(np.arange(len(dataset)), bad))
