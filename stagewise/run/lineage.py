@@ -4,13 +4,13 @@ import hashlib
 import json
 import logging
 import socket
-from datetime import datetime, timezone
+from datetime import date, datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from stagewise.distributed import uses_fsdp, zero_stage
+from stagewise.distributed import decide_on_first, uses_fsdp, zero_stage
 from stagewise.errors import InputError
 from stagewise.modeling.loading import is_reward_model
 from stagewise.modeling.model_files import read_json
@@ -72,6 +72,17 @@ def check_resumed(checkpoint: str | None, config: PretrainedConfig) -> None:
             f"--resume_from_checkpoint {checkpoint}: was trained with {describe(saved['rope'])}, and now there is "
             f"{describe(rope_setting(config))}; pass the --rope_scaling and --model_max_length of the run"
         )
+
+
+def day_of_run(checkpoint: str | None) -> str:
+    """What a chat template that prints the date takes for today, as 2025-12-31, the same on all processes: the day on
+    which the run was begun, also when it goes on after midnight. Its rows would change in mid-epoch otherwise.
+    """
+
+    def decide() -> str:
+        return (read_stage(checkpoint) or {}).get("day") or date.today().isoformat()
+
+    return decide_on_first(decide)
 
 
 def layout_of(args) -> dict[str, str | int]:
@@ -177,8 +188,8 @@ def write_stage(folder: str | Path, **fields: object) -> dict:
 
     Fields of a training run: stage, base_model, parent (the base model's own stage.json or None), template, head
     ("causal_lm", "sequence_classification"), adapter (bool), dtype, quantization (of the base, or None: see
-    stagewise.modeling.quantization), data_fingerprint, rope (rope_setting of the model's configuration), layout (see
-    layout_of).
+    stagewise.modeling.quantization), data_fingerprint, day (that the chat template wrote, or None), rope (rope_setting
+    of the model's configuration), layout (see layout_of).
     """
     stage = {
         **fields,
