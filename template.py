@@ -22,7 +22,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 Message = Mapping[str, Any]
@@ -276,7 +276,7 @@ class Rendered:
 
     text: str
     spans: tuple[tuple[int, int], ...]
-    turns: tuple[int, ...] = ()
+    turns: tuple[int, ...] = field(default=(), compare=False)
 
 
 # What the generation prompt of each kind of reasoning model holds of the think block.

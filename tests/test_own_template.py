@@ -448,3 +448,34 @@ def test_sft_on_such_a_template(jinja, rows, own, tiny_model_dir, tmp_path):
     )
     counts = json.loads((tmp_path / "out" / "data_report.json").read_text())["train"]["datasets"]["chats"]
     assert counts["further_rows_of_conversations"] == rows - 4
+
+
+def test_a_stream_has_all_rows_of_a_conversation(own, tmp_path):
+    from types import SimpleNamespace
+
+    from stagewise.arguments import DataArguments
+    from stagewise.data.loading import load_conversations
+
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps({"messages": ROUNDS}) + "\n" for _ in range(4)), encoding="utf-8")
+    tokenizer = own(GPT_OSS)
+    training = SimpleNamespace(
+        eval_strategy="no", save_strategy="no", logging_strategy="steps", max_steps=2, do_eval=False,
+        accelerator_config=SimpleNamespace(dispatch_batches=None, split_batches=False), auto_find_batch_size=False,
+        dataloader_num_workers=0, dataloader_multiprocessing_context=None, dataloader_in_order=True, seed=1,
+        data_seed=None, local_process_index=0, process_index=0, world_size=1, per_device_train_batch_size=2,
+        gradient_accumulation_steps=3,
+    )  # fmt: skip
+    found = load_conversations(
+        DataArguments(train_file_dir=str(data), streaming=True),
+        build_renderer(None, tokenizer),
+        tokenizer,
+        LONG,
+        training,
+    )
+    rows = [row for row, _ in zip(found.train, range(6), strict=False)]
+    assert [tokenizer.decode([t for t in row["labels"] if t >= 0]) for row in rows] == [
+        "A1</s>",
+        "A2</s>",
+        "A3</s>",
+    ] * 2

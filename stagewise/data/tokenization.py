@@ -63,7 +63,7 @@ class TemplateRenderer:
         InputError: a control token of the template is not one token of the tokenizer.
     """
 
-    day = None
+    day: str | None = None
     describes_tools = True
 
     def __init__(self, template: Template, tokenizer):
@@ -183,14 +183,15 @@ def _render_rows(
 def _finish(row: _Row, conversation: int, messages: int, options: EncodingOptions) -> Encoded:
     if row.rendered.turns:
         messages = row.rendered.turns[-1] + 1
-    place = {"conversation": conversation, "messages": messages}
     if len(row.ids) > options.max_length:
-        return Encoded([], [], **place, dropped=f"{len(row.ids)} tokens, {TOO_LONG} {options.max_length}")
+        return Encoded(
+            [], [], conversation, messages, dropped=f"{len(row.ids)} tokens, {TOO_LONG} {options.max_length}"
+        )
     labels = label_ids(row.ids, row.offsets, row.rendered.spans, options.train_on, options.train_on_prompt)
     if count_trained(labels[1:]) == 0:  # the first token is not predicted
         reason = "no trained token left after truncation to max_length" if row.truncated else "no trained token"
-        return Encoded([], [], **place, dropped=reason)
-    return Encoded(row.ids, labels, **place, truncated=row.truncated)
+        return Encoded([], [], conversation, messages, dropped=reason)
+    return Encoded(row.ids, labels, conversation, messages, truncated=row.truncated)
 
 
 def _remarks(conversation: Conversation, rows: Sequence[_Row], renderer: Renderer) -> str:
