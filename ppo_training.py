@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> dict:
     lineage.check_reward_model(
         ppo_args.reward_model_path, template.name if template else None, load_config(model_args)
     )
-    renderer = tokenization.build_renderer(template, tokenizer)
+    renderer = tokenization.build_renderer(template, tokenizer, lineage.day_of_run(checkpoint))
     reserve_padding(tokenizer, renderer.stop_tokens)
     tokenizer.chat_template = loading.chat_template(template, tokenizer)
     own = own_generation(model_args.model_name_or_path, load_config(model_args))
@@ -237,6 +237,7 @@ def main(argv: list[str] | None = None) -> dict:
             dtype=str(model.base.dtype).removeprefix("torch."),
             quantization=stage_entry(model.base),
             data_fingerprint=data.fingerprint,
+            day=renderer.day,
             reward=ppo_args.reward_model_path or ppo_args.reward_function,
         )  # fmt: skip
     if args.do_eval and data.validation is not None:

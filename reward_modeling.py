@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> dict:
     tokenizer = load_tokenizer(model_args)
     template = loading.resolve_template(data_args, parent)
     new_tokens = loading.add_template_tokens(template, tokenizer) if model_args.add_template_tokens else []
-    renderer = tokenization.build_renderer(template, tokenizer)
+    renderer = tokenization.build_renderer(template, tokenizer, lineage.day_of_run(checkpoint))
     reserve_padding(tokenizer, renderer.stop_tokens)
     tokenizer.chat_template = loading.chat_template(template, tokenizer)
     encoding = PreferenceOptions(
@@ -136,6 +136,7 @@ def main(argv: list[str] | None = None) -> dict:
             dtype=str(model.dtype).removeprefix("torch."),
             quantization=stage_entry(model),
             data_fingerprint=data.fingerprint,
+            day=renderer.day,
         )  # fmt: skip
     if args.do_eval and data.validation is not None:
         metrics |= lifecycle.evaluate_run(trainer)

@@ -22,7 +22,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 Message = Mapping[str, Any]
@@ -269,12 +269,14 @@ class Rendered:
 
     Attributes:
         text: the whole string, BOS and stop tokens included.
-        spans: per assistant turn, in order, the trained characters [start, end): from the end of the generation prompt
+        spans: per trained assistant turn, in order, its characters [start, end): from the end of the generation prompt
             to the end of the stop token. What separates the stop token from the next turn is outside.
+        turns: of each span, the index of its message.
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
+    turns: tuple[int, ...] = field(default=(), compare=False)
 
 
 # What the generation prompt of each kind of reasoning model holds of the think block.
@@ -446,8 +448,8 @@ def _check_roles(messages: Sequence[Message]) -> tuple[str, Sequence[Message]]:
     return messages[0]["content"] if first else "", messages[first:]
 
 
-def _split_reasoning(message: Message, content: str) -> tuple[str, str]:
-    """Reasoning and answer; reasoning may stand inline, <think>...</think> in front of the answer.
+def split_reasoning(message: Message, content: str) -> tuple[str, str]:
+    """Reasoning and answer of a message; reasoning may stand inline, <think>...</think> in front of the answer.
 
     Qwen's way. DeepSeek's template would leave the newlines after </think> in front of an earlier answer, where those
     that come with "reasoning_content" have none.
@@ -502,7 +504,8 @@ class _Renderer:
             if turns[-1]["role"] == "assistant":
                 raise TemplateError(f"messages[{len(messages) - 1}]: no generation prompt can follow role 'assistant'")
             self.text += self._fill(self.template.assistant + _PREFILL[self.template.thinking])
-        return Rendered(self.text, tuple(self.spans))
+        answers = tuple(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        return Rendered(self.text, tuple(self.spans), answers)
 
     def _fill(self, pattern: str, **slots: str) -> str:
         return _fill(pattern, {**self.slots, **slots})
@@ -564,7 +567,7 @@ class _Renderer:
         kind = self.template.thinking
         if not kind:
             return "", content
-        reasoning, content = _split_reasoning(turn, content)
+        reasoning, content = split_reasoning(turn, content)
         if not current or kind == "closed" or (kind == "free" and not (last or reasoning)):
             return "", content
         reasoning = reasoning.strip() if "assistant" in self.template.trim else reasoning.strip("\n")
@@ -921,8 +924,8 @@ _GEMMA: dict[str, Any] = {
     "stop": ("<end_of_turn>",), "separator": "\n", "trim": ("user", "assistant"),
     "special": ("<start_of_turn>", "<end_of_turn>")}
 _DEEPSEEK_EOS = "<｜end▁of▁sentence｜>"
-_DEEPSEEK_R1: dict[str, Any] = {
-    "user": "<｜User｜>{content}", "assistant": "<｜Assistant｜>", "stop": (_DEEPSEEK_EOS,), "thinking": "prompted",
+_DEEPSEEK: dict[str, Any] = {
+    "user": "<｜User｜>{content}", "assistant": "<｜Assistant｜>", "stop": (_DEEPSEEK_EOS,),
     "special": ("<｜User｜>", "<｜Assistant｜>")}
 
 # ---- No layout, or no model: for any tokenizer
@@ -1079,8 +1082,9 @@ register_template("glm4",
 register_template("deepseek",
     system="{content}\n\n", user="User: {content}\n\n", assistant="Assistant:", answer=" {content}",
     stop=(_DEEPSEEK_EOS,))
-register_template("deepseek3", **_DEEPSEEK_R1, aliases=("deepseek-v3",))
-register_template("deepseek_r1", **_DEEPSEEK_R1)
+# V3 and V3-0324 answer at once; R1 and its distilled models open a think block in the prompt.
+register_template("deepseek3", **_DEEPSEEK, aliases=("deepseek-v3",))
+register_template("deepseek_r1", **_DEEPSEEK, aliases=("deepseek-r1-distill",), thinking="prompted")
 
 # A given system text is followed by "### Instruction:" without a newline, as the owner has it.
 register_template("deepseekcoder",

@@ -151,7 +151,11 @@ EXPECTED = {
         "<BOS>SYS\n\nUser: ",
         "Q1\n\nAssistant: A1<｜end▁of▁sentence｜>User: Q2\n\nAssistant: A2<｜end▁of▁sentence｜>",
     ),
-    "deepseek3": ("<BOS><｜User｜>", "<BOS>SYS<｜User｜>", R1),
+    "deepseek3": (
+        "<BOS><｜User｜>",
+        "<BOS>SYS<｜User｜>",
+        "Q1<｜Assistant｜>A1<｜end▁of▁sentence｜><｜User｜>Q2<｜Assistant｜>A2<｜end▁of▁sentence｜>",
+    ),
     "deepseek_r1": ("<BOS><｜User｜>", "<BOS>SYS<｜User｜>", R1),
     "deepseekcoder": (
         f"<BOS>{CODER}### Instruction:\n",
@@ -255,7 +259,7 @@ GENERATION_PROMPTS = {
     "qwen3_5": "Q1<|im_end|>\n<|im_start|>assistant\n<think>\n",
     "qwen3_5_nothink": "Q1<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
     "deepseek": "Q1\n\nAssistant:",
-    "deepseek3": "Q1<｜Assistant｜><think>\n",
+    "deepseek3": "Q1<｜Assistant｜>",
     "deepseek_r1": "Q1<｜Assistant｜><think>\n",
     "deepseekcoder": "Q1\n### Response:\n",
     "gemma": "Q1<end_of_turn>\n<start_of_turn>model\n",
@@ -296,7 +300,8 @@ TRAINED = {
     "qwen3": "<think>\n\n</think>\n\nA2<|im_end|>",
     "qwen3_5": "\n</think>\n\nA2<|im_end|>",
     "deepseek": " A2<｜end▁of▁sentence｜>",
-    **dict.fromkeys(["deepseek3", "deepseek_r1"], "\n</think>\n\nA2<｜end▁of▁sentence｜>"),
+    "deepseek3": "A2<｜end▁of▁sentence｜>",
+    "deepseek_r1": "\n</think>\n\nA2<｜end▁of▁sentence｜>",
     "deepseekcoder": "A2\n<|EOT|>",
     **dict.fromkeys(["gemma", "gemma3"], "A2<end_of_turn>"),
     "phi3": "A2<|end|>",
@@ -403,7 +408,6 @@ SHIPPED = {
     "llama3": "llama3",
     "cohere": "cohere",
     "phi3": "phi3",
-    "deepseek3": "deepseekv3",
     "deepseek_r1": "deepseek_r1_distill",
 }
 THINKING_HISTORY = [
@@ -880,6 +884,7 @@ def test_special_tokens_are_written_by_the_template(name):
         ("qwen3.5", "qwen3_5"),
         ("deepseek-r1", "deepseek_r1"),
         ("DeepSeek-V3", "deepseek3"),
+        ("DeepSeek-R1-Distill", "deepseek_r1"),
         ("internlm2", "intern2"),
         ("gemma2", "gemma"),
         ("mistral-v2", "mistral-v3"),

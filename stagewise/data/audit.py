@@ -42,7 +42,7 @@ def audit_conversations(
     straddle the border of prompt and answer: it is counted.)
 
     Args:
-        records: column `record`; row i belongs to row i of `encoded`.
+        records: column `record`, what was tokenized.
         encoded: what tokenize_conversations returned.
 
     Raises:
@@ -54,7 +54,7 @@ def audit_conversations(
     audit = LabelAudit()
     for i in (usable[j] for j in chosen):
         row = encoded[i]
-        conversation = Conversation.from_json(records[i]["record"])
+        conversation = Conversation.from_json(records[row["conversation"]]["record"])
         for problem in _check_row(audit, conversation, row, renderer, tokenizer, options):
             audit.violations.append(f"{row['location']}: {problem}")
         audit.checked += 1
@@ -69,7 +69,7 @@ def _check_row(audit: LabelAudit, conversation: Conversation, row: dict, rendere
     ids, labels = row["input_ids"], row["labels"]
     if any(label not in (IGNORE_INDEX, token) for token, label in zip(ids, labels, strict=True)):
         return ["a label is neither IGNORE_INDEX nor the token itself"]
-    messages = _kept_messages(conversation, ids, renderer, tokenizer)
+    messages = conversation.messages[: row["messages"]]
     rendered = renderer.render(messages, tools=conversation.tools)
     found, offsets = next(encode_texts([rendered.text], tokenizer, len(ids)))
     if found[: len(ids)] != ids:
@@ -85,17 +85,6 @@ def _check_row(audit: LabelAudit, conversation: Conversation, row: dict, rendere
     return problems + _check_prompts(audit, messages, conversation.tools, ids, rendered, renderer, tokenizer)
 
 
-def _kept_messages(conversation: Conversation, ids: Sequence[int], renderer, tokenizer) -> list[dict]:
-    """The rounds that are still there after truncation: the longest beginning whose ids start with the row's."""
-    messages = conversation.messages
-    ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
-    for end in ends:
-        text = renderer.render(messages[:end], tools=conversation.tools).text
-        if next(encode_texts([text], tokenizer, len(ids)))[0][: len(ids)] == list(ids):
-            return messages[:end]
-    return messages
-
-
 def _token_roles(rendered, messages: Sequence[dict], offsets: Sequence[tuple[int, int]]) -> list[str]:
     """The role whose text each token starts in; what the template adds has the role "template".
 
@@ -104,14 +93,15 @@ def _token_roles(rendered, messages: Sequence[dict], offsets: Sequence[tuple[int
     """
     size = max((end for _, end in offsets), default=0) + 1  # of a long text only the beginning was kept
     owner = [MARKUP] * size
-    spans = iter(rendered.spans)
+    spans = dict(zip(rendered.turns, rendered.spans, strict=True))
     cursor = 0
-    for message in messages:
-        if message["role"] == "assistant":
-            start, end = next(spans, (cursor, cursor))
-        else:
-            start = rendered.text.find(message["content"].strip(), cursor)
-            end = start + len(message["content"].strip())
+    for index, message in enumerate(messages):
+        if index in spans:
+            start, end = spans[index]
+        else:  # an answer, too, that is rendered otherwise now and trained in a row of its own
+            content = (message["content"] or "").strip()
+            start = rendered.text.find(content, cursor)
+            end = start + len(content)
             if start < 0:
                 continue
         owner[start:end] = [message["role"]] * (min(end, size) - min(start, size))
@@ -147,13 +137,10 @@ def _check_stops(audit: LabelAudit, row: dict, renderer, tokenizer, options: Enc
 
 
 def _check_prompts(audit, messages, tools, ids, rendered, renderer, tokenizer) -> list[str]:
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if len(answers) != len(rendered.spans):
-        return []
-    for i, (start, _) in zip(answers, rendered.spans, strict=True):
+    for i, (start, _) in zip(rendered.turns, rendered.spans, strict=True):
         prompt = renderer.render(messages[:i], tools=tools, add_generation_prompt=True).text
         if prompt != rendered.text[:start]:
-            continue  # the family renders history differently from the last turn (reasoning, for instance)
+            continue  # a named template renders earlier answers without the think block that its prompt opens
         fed, _ = next(encode_texts([prompt], tokenizer, len(ids)))
         if len(fed) > len(ids) or fed == list(ids[: len(fed)]):
             continue
@@ -180,6 +167,15 @@ def print_audit(audit: LabelAudit, encoded: Dataset, tokenizer, n_rows: int, con
     console.print(table)
     if audit.straddling_prompts:
         console.print(f"{audit.straddling_prompts} prompts end inside a token that the answer begins with")
+    further = sum(encoded["further"][:])
+    if further:
+        console.print(
+            f"{len(encoded) - further} conversations became {len(encoded)} rows: the chat template renders earlier "
+            "answers otherwise once others follow, so those are trained in rows of their own"
+        )
+    remarks = Counter(remark for text in encoded["remarks"][:] if text for remark in text.split("; "))
+    for remark, count in remarks.items():
+        console.print(f"the chat template, in {count} of {len(encoded) - further} conversations: {remark}")
     truncated = sum(bool(kind) for kind in encoded["truncated"][:])
     if truncated:
         console.print(

@@ -128,13 +128,17 @@ def load_conversations(
         return _usable(encoded, found, args.on_bad_row, too_long), checked
 
     def encode(record: dict) -> list[dict]:
-        (row,) = encode_or_drop([Conversation.from_json(record["record"])], renderer, tokenizer, encoding)
-        if not row.dropped:
-            return [{"input_ids": row.input_ids, "labels": row.labels, **_origin(record)}]
-        if args.on_bad_row == "skip" or (encoding.on_too_long == "drop" and TOO_LONG in row.dropped):
-            logger.warning("row dropped: %s: %s", record["location"], row.dropped)
-            return []
-        raise InputError(f"{record['location']}: {row.dropped}; {remedy(row.dropped)}, or pass --on_bad_row skip")
+        rows = []
+        for row in encode_or_drop([Conversation.from_json(record["record"])], renderer, tokenizer, encoding):
+            if not row.dropped:
+                rows.append({"input_ids": row.input_ids, "labels": row.labels, **_origin(record)})
+            elif args.on_bad_row == "skip" or (encoding.on_too_long == "drop" and TOO_LONG in row.dropped):
+                logger.warning("row dropped: %s: %s", record["location"], row.dropped)
+            else:
+                raise InputError(
+                    f"{record['location']}: {row.dropped}; {remedy(row.dropped)}, or pass --on_bad_row skip"
+                )
+        return rows
 
     if args.streaming:
         return _stream("conversation", args, options, training_args, prepare, encode)
@@ -449,7 +453,8 @@ def _usable(encoded: Dataset, found: dict, on_bad_row: str, harmless: str | None
 
 def _count_rows(report: dict, encoded: Dataset) -> None:
     """Add what tokenization did to each data set's part of the report."""
-    columns = [c for c in ("dataset", "length", "trained", "dropped", "truncated") if c in encoded.column_names]
+    counted = ("dataset", "length", "trained", "dropped", "truncated", "further", "remarks")
+    columns = [name for name in counted if name in encoded.column_names]
     for batch in encoded.select_columns(columns).with_format("pandas").iter(batch_size=100_000):
         for name, rows in batch.groupby("dataset"):
             counts = report["datasets"].setdefault(name, {})
@@ -459,6 +464,9 @@ def _count_rows(report: dict, encoded: Dataset) -> None:
             if "dropped" in rows:
                 _merge_counts(counts, "dropped", rows["dropped"])
                 _merge_counts(counts, "truncated", rows["truncated"])
+            if "further" in rows:
+                _add(counts, "further_rows_of_conversations", int(rows["further"].sum()))
+                _merge_counts(counts, "remarks", [each for text in rows["remarks"] for each in text.split("; ")])
 
 
 def _count_repeated_prompts(report: dict, train: Dataset, validation: Dataset | None) -> None:

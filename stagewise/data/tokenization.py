@@ -9,7 +9,8 @@ import json
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from operator import itemgetter
 from typing import Protocol
 
@@ -18,10 +19,11 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from stagewise.data.files import MAX_BAD_SHARE
+from stagewise.data.own_template import TokenizerRenderer, special_tokens
 from stagewise.data.records import Conversation, Document
 from stagewise.errors import InputError
 from stagewise.losses.logprobs import IGNORE_INDEX
-from template import Rendered, Template, TemplateError
+from template import Rendered, Template, TemplateError, split_reasoning
 
 # Part of every cache key: raise it when the ids or labels of the same input change.
 ENCODING_VERSION = 3
@@ -36,25 +38,29 @@ QUESTION_TOO_LONG = "no trained token left after truncation to max_length"
 Messages = list[dict]
 
 
-def special_tokens(tokenizer) -> tuple[str, ...]:
-    """The texts that the tokenizer takes for a special token wherever they stand; its template writes some of them."""
-    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    return tuple(dict.fromkeys((*tokenizer.all_special_tokens, *added)))
-
-
 class Renderer(Protocol):
     """Turns messages into text with trained spans.
 
-    fingerprint identifies it in cache keys; control_tokens must not occur in contents; stop_tokens end an answer.
+    fingerprint identifies it in cache keys; control_tokens must not occur in contents; stop_tokens end an answer. day
+    is the date that it writes into its texts, or None; opens_think says whether its generation prompt opens a think
+    block that every answer has to close, describes_tools whether the tools are in the text.
     """
 
     fingerprint: str
     control_tokens: tuple[str, ...]
     stop_tokens: tuple[str, ...]
+    day: str | None
+    opens_think: bool
+
+    @property
+    def describes_tools(self) -> bool: ...
 
     def render(
         self, messages: Messages, tools: list | None = None, add_generation_prompt: bool = False
     ) -> Rendered: ...
+
+    def rows(self, messages: Messages, tools: list | None = None, last: bool = False) -> list[Rendered]:
+        """The texts that together hold every assistant turn (or only the last) in a span of its own."""
 
 
 class TemplateRenderer:
@@ -64,6 +70,9 @@ class TemplateRenderer:
         InputError: a control token of the template is not one token of the tokenizer.
     """
 
+    day: str | None = None
+    describes_tools = True
+
     def __init__(self, template: Template, tokenizer):
         self.template = template
         self.bos_token, self.eos_token = tokenizer.bos_token, tokenizer.eos_token
@@ -71,6 +80,7 @@ class TemplateRenderer:
         self.control_tokens = tuple(dict.fromkeys((*written, *special_tokens(tokenizer))))
         self.stop_tokens = template.stop_tokens(self.eos_token)
         self.fingerprint = json.dumps([template.to_jinja(), self.bos_token, self.eos_token])
+        self.opens_think = template.thinking == "prompted"
         split = [t for t in written if len(tokenizer(t, add_special_tokens=False).input_ids) != 1]
         if split:
             raise InputError(
@@ -88,64 +98,19 @@ class TemplateRenderer:
             add_generation_prompt=add_generation_prompt,
         )
 
+    def rows(self, messages, tools=None, last=False) -> list[Rendered]:
+        return [self.render(messages, tools)]
 
-class TokenizerRenderer:
-    """The tokenizer's own chat template. Spans come from prefix rendering: up to each assistant turn with the
-    generation prompt, then with the turn.
 
-    Where the template renders a turn differently once others follow (reasoning that is dropped from the history), only
-    the turns whose prefix is still a prefix of the whole text are trained; the last turn always is.
+def build_renderer(template: Template | None, tokenizer, day: str | None = None) -> Renderer:
+    """The named template's renderer, or the tokenizer's own chat template when no template is named.
+
+    Args:
+        day: what a chat template that prints the date takes for today, as 2025-12-31; None: today.
     """
-
-    def __init__(self, tokenizer):
-        if not tokenizer.chat_template:
-            raise InputError(
-                "--template_name: not given, and the tokenizer has no chat template of its own; "
-                "`python template.py` lists the templates"
-            )
-        self.tokenizer = tokenizer
-        self.control_tokens = special_tokens(tokenizer)
-        self.fingerprint = json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map])
-        probe = self.render([{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}])
-        answer = probe.text[slice(*probe.spans[-1])]
-        self.stop_tokens = tuple({tokenizer.eos_token, *(t for t in self.control_tokens if answer.endswith(t))})
-
-    def _text(self, messages, tools, add_generation_prompt) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # jinja2 errors, raise_exception() of the template
-            raise TemplateError(f"the tokenizer's chat template refuses the conversation: {error}") from error
-
-    def render(self, messages, tools=None, add_generation_prompt=False) -> Rendered:
-        text = self._text(messages, tools, add_generation_prompt)
-        spans = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = self._text(messages[:i], tools, True)
-            upto = self._text(messages[: i + 1], tools, False)
-            if not text.startswith(prompt):
-                continue
-            end = self._span_end(text, upto, message, len(prompt))
-            if end is not None:
-                spans.append((len(prompt), end))
-        return Rendered(text=text, spans=tuple(spans))
-
-    def _span_end(self, text: str, upto: str, message: dict, start: int) -> int | None:
-        """The end of the first control token after the answer: the separator that follows it is not trained."""
-        if not text.startswith(upto.rstrip("\n")):
-            return None
-        content = message["content"].rstrip()
-        after_content = max(start, upto.rfind(content) + len(content))
-        stops = [(at, at + len(t)) for t in self.control_tokens if (at := upto.find(t, after_content)) >= 0]
-        return min(stops)[1] if stops else len(upto.rstrip("\n"))
-
-
-def build_renderer(template: Template | None, tokenizer) -> Renderer:
-    """The named template's renderer, or the tokenizer's own chat template when no template is named."""
-    return TemplateRenderer(template, tokenizer) if template is not None else TokenizerRenderer(tokenizer)
+    if template is not None:
+        return TemplateRenderer(template, tokenizer)
+    return TokenizerRenderer(tokenizer, date.fromisoformat(day) if day else None)
 
 
 @dataclass(frozen=True)
@@ -166,50 +131,115 @@ class EncodingOptions:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row: ids, labels (IGNORE_INDEX where not trained), what happened to it."""
+    """One row: ids, labels (IGNORE_INDEX where not trained), where it comes from, what happened to it.
+
+    conversation: its index in the batch; a conversation has several rows where the template renders earlier answers
+        otherwise once others follow.
+    messages: how many of the conversation's messages are in the row.
+    dropped: the reason, or empty. truncated: "turns", "answer", or empty.
+    remarks: what the template leaves out of the conversation or adds to it, joined by "; ", with its first row.
+    """
 
     input_ids: list[int]
     labels: list[int]
-    dropped: str = ""  # the reason, or empty
-    truncated: str = ""  # "turns", "answer", or empty
+    conversation: int = 0
+    messages: int = 0
+    dropped: str = ""
+    truncated: str = ""
+    remarks: str = ""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A rendered text with its ids and the characters that they stand for."""
+
+    rendered: Rendered
+    ids: list[int]
+    offsets: Sequence[tuple[int, int]]
+    truncated: str = ""
 
 
 def encode_conversations(
     conversations: Sequence[Conversation], renderer: Renderer, tokenizer, options: EncodingOptions
 ) -> list[Encoded]:
-    """Render and tokenize a batch; one call of the tokenizer for all rows that fit."""
-    rendered = [renderer.render(c.messages, tools=c.tools) for c in conversations]
-    rows = []
-    encodings = encode_texts([r.text for r in rendered], tokenizer, options.max_length)
-    for conversation, text, (ids, offsets) in zip(conversations, rendered, encodings, strict=True):
-        truncated, weights = "", _weights(conversation, text.spans)
-        if len(ids) > options.max_length:
-            if options.on_too_long != "truncate":
-                length = f"{len(ids)} tokens" if len(text.text) <= WINDOW_CHARS else f"{len(text.text)} characters"
-                rows.append(Encoded([], [], dropped=f"{length}, {TOO_LONG} {options.max_length}"))
-                continue
-            text, ids, offsets, truncated = _truncate(conversation, renderer, tokenizer, options.max_length)
-        weights = weights and weights[: len(text.spans)]
-        labels = label_ids(ids, offsets, text.spans, options.train_on, options.train_on_prompt, weights)
-        if count_trained(labels[1:]) == 0:  # the first token is not predicted
-            rows.append(Encoded([], [], dropped=QUESTION_TOO_LONG if truncated else NOTHING_TRAINED))
-        else:
-            rows.append(Encoded(ids, labels, truncated=truncated))
-    return rows
+    """Render and tokenize a batch; one call of the tokenizer for all rows that fit.
 
-
-def _weights(conversation: Conversation, spans: Sequence) -> list[int] | None:
-    """The weight of each answer, which is that of its span, or None where every answer is trained.
-
-    Raises:
-        TemplateError: the template gives some answers no span, and it cannot be told which.
+    Returns:
+        The rows of the first conversation, one or more, then those of the second ...
     """
-    weights = [message.get("weight", 1) for message in conversation.messages if message["role"] == "assistant"]
-    if all(weights):
-        return None
-    if len(spans) != len(weights):
-        raise TemplateError("an answer has weight 0, and the template renders earlier answers differently")
-    return weights
+    groups = [_render_rows(c, c.messages, renderer, options) for c in conversations]
+    texts = [rendered.text for group in groups for rendered in group]
+    encodings = encode_texts(texts, tokenizer, options.max_length)
+    encoded = []
+    for index, (conversation, group) in enumerate(zip(conversations, groups, strict=True)):
+        rows = [_Row(rendered, *next(encodings)) for rendered in group]
+        if options.on_too_long == "truncate" and any(len(row.ids) > options.max_length for row in rows):
+            rows = _truncate(conversation, renderer, tokenizer, options)
+        found = [_finish(row, index, conversation, options) for row in _rows_to_train(rows, conversation)]
+        found[0] = replace(found[0], remarks=_remarks(conversation, rows, renderer))
+        encoded += found
+    return encoded
+
+
+def _render_rows(
+    conversation: Conversation, messages: Messages, renderer: Renderer, options: EncodingOptions
+) -> list[Rendered]:
+    # where every token is trained, one text holds them all
+    last = options.train_on == "last" or options.train_on_prompt
+    return renderer.rows(messages, conversation.tools, last)
+
+
+def _weights(row: _Row, conversation: Conversation) -> list[int]:
+    """Of each answer that has a span, whether it is trained."""
+    return [conversation.messages[turn].get("weight", 1) for turn in row.rendered.turns]
+
+
+def _rows_to_train(rows: Sequence[_Row], conversation: Conversation) -> Sequence[_Row]:
+    """Without those whose answers all have weight 0, unless that is all there is."""
+    return [row for row in rows if any(_weights(row, conversation))] or rows[:1]
+
+
+def _finish(row: _Row, index: int, conversation: Conversation, options: EncodingOptions) -> Encoded:
+    rendered = row.rendered
+    messages = rendered.turns[-1] + 1 if rendered.turns else len(conversation.messages)
+    if len(row.ids) > options.max_length:
+        length = f"{len(row.ids)} tokens" if len(rendered.text) <= WINDOW_CHARS else f"{len(rendered.text)} characters"
+        return Encoded([], [], index, messages, dropped=f"{length}, {TOO_LONG} {options.max_length}")
+    weights = _weights(row, conversation)
+    labels = label_ids(
+        row.ids, row.offsets, rendered.spans, options.train_on, options.train_on_prompt,
+        None if all(weights) else weights,
+    )  # fmt: skip
+    if count_trained(labels[1:]) == 0:  # the first token is not predicted
+        return Encoded([], [], index, messages, dropped=QUESTION_TOO_LONG if row.truncated else NOTHING_TRAINED)
+    return Encoded(row.ids, labels, index, messages, truncated=row.truncated)
+
+
+def _remarks(conversation: Conversation, rows: Sequence[_Row], renderer: Renderer) -> str:
+    """What the template leaves out of the conversation, and what it adds to answers, each said once."""
+    found = dict.fromkeys(
+        remark
+        for row in rows
+        for turn, (start, end) in zip(row.rendered.turns, row.rendered.spans, strict=True)
+        for remark in _turn_remarks(conversation.messages[turn], row.rendered.text, start, end, renderer)
+    )
+    if conversation.tools and not renderer.describes_tools:
+        found["tool descriptions are left out"] = None
+    return "; ".join(found)
+
+
+def _turn_remarks(message: dict, text: str, start: int, end: int, renderer: Renderer) -> Iterator[str]:
+    content = message.get("content") or ""
+    reasoning = message.get("reasoning_content")
+    if not reasoning and "</think>" in content:
+        reasoning, content = split_reasoning(message, content)
+    if reasoning:
+        if text.find(reasoning.strip(), start, end) < 0:
+            yield "reasoning is left out"
+    elif renderer.opens_think:
+        yield "answers without reasoning close an empty think block"
+    if message.get("tool_calls") and text.find(content.strip(), start, end) < 0:
+        yield "text beside a call is left out"
 
 
 class _Offsets(Sequence):
@@ -358,17 +388,19 @@ def _between(window: list[_Token], first: int, end: int) -> list[_Token]:
     return window[start : bisect_left(window, end, lo=start, key=itemgetter(1))]
 
 
-def _truncate(conversation: Conversation, renderer: Renderer, tokenizer, max_length: int):
+def _truncate(conversation: Conversation, renderer: Renderer, tokenizer, options: EncodingOptions) -> list[_Row]:
     """Cut whole rounds from the end; if the first answer alone is too long, cut it (its stop token goes with it)."""
     messages = conversation.messages
     ends = [i + 1 for i, m in enumerate(messages) if m["role"] == "assistant" and not m.get("tool_calls")]
-    ends = ends or [len(messages)]
-    for end in reversed(ends):
-        rendered = renderer.render(messages[:end], tools=conversation.tools)
-        ids, offsets = next(encode_texts([rendered.text], tokenizer, max_length))
-        if len(ids) <= max_length:
-            return rendered, ids, offsets, "turns"
-    return rendered, ids[:max_length], list(offsets)[:max_length], "answer"
+    for end in reversed(ends or [len(messages)]):
+        rendered = _render_rows(conversation, messages[:end], renderer, options)
+        texts = encode_texts([each.text for each in rendered], tokenizer, options.max_length)
+        rows = [_Row(each, *ids, "turns") for each, ids in zip(rendered, texts, strict=True)]
+        if all(len(row.ids) <= options.max_length for row in rows):
+            return rows
+    first = next(i for i, row in enumerate(rows) if len(row.ids) > options.max_length)
+    cut, limit = rows[first], options.max_length
+    return [*rows[:first], _Row(cut.rendered, cut.ids[:limit], list(cut.offsets)[:limit], "answer")]
 
 
 def label_ids(
@@ -423,24 +455,26 @@ def tokenize_conversations(
     num_proc: int | None = None,
     load_from_cache: bool = True,
 ) -> Dataset:
-    """Columns input_ids, labels, length, trained (count of labels), dropped and truncated (why, or empty), location,
-    dataset. Row i is row i of `dataset`. Cached by everything that changes ids.
+    """Columns: the fields of Encoded (`conversation` is the row of `dataset`), further (not the first row of its
+    conversation), length, trained (count of labels), location, dataset. Each row of `dataset` has one or more, in its
+    order. Cached by everything that changes ids.
     """
 
-    def encode_batch(batch: dict) -> dict:
+    def encode_batch(batch: dict, indices: list[int]) -> dict:
         conversations = [Conversation.from_json(record) for record in batch["record"]]
         rows = encode_or_drop(conversations, renderer, tokenizer, options)
-        return {
-            "input_ids": [row.input_ids for row in rows],
-            "labels": [row.labels for row in rows],
+        columns = {name: [getattr(row, name) for row in rows] for name in Encoded.__dataclass_fields__}
+        return columns | {
+            "conversation": [indices[row.conversation] for row in rows],
+            "further": [i > 0 and rows[i - 1].conversation == row.conversation for i, row in enumerate(rows)],
             "length": [len(row.input_ids) for row in rows],
             "trained": [count_trained(row.labels) for row in rows],
-            "dropped": [row.dropped for row in rows],
-            "truncated": [row.truncated for row in rows],
+            "location": [batch["location"][row.conversation] for row in rows],
+            "dataset": [batch["dataset"][row.conversation] for row in rows],
         }
 
     key = cache_key(dataset._fingerprint, tokenizer_fingerprint(tokenizer), renderer.fingerprint, options)
-    return map_batches(dataset, encode_batch, key, num_proc, load_from_cache, "Tokenizing conversations")
+    return map_batches(dataset, encode_batch, key, num_proc, load_from_cache, "Tokenizing conversations", True)
 
 
 def encode_or_drop(
@@ -451,11 +485,12 @@ def encode_or_drop(
         return encode_conversations(conversations, renderer, tokenizer, options)
     except TemplateError:
         rows = []
-        for conversation in conversations:
+        for index, conversation in enumerate(conversations):
             try:
-                rows += encode_conversations([conversation], renderer, tokenizer, options)
+                found = encode_conversations([conversation], renderer, tokenizer, options)
             except TemplateError as error:
-                rows.append(Encoded([], [], dropped=str(error)))
+                found = [Encoded([], [], dropped=str(error))]
+            rows += [replace(row, conversation=index) for row in found]
         return rows
 
 
@@ -494,22 +529,33 @@ def tokenize_documents(
 
 
 def map_batches(
-    dataset: Dataset, encode_batch, key: str, num_proc: int | None, load_from_cache: bool, desc: str
+    dataset: Dataset,
+    encode_batch,
+    key: str,
+    num_proc: int | None,
+    load_from_cache: bool,
+    desc: str,
+    changes_rows: bool = False,
 ) -> Dataset:
-    """The columns of `encode_batch` in place of `record`, cached under `key`. Lists are token ids."""
+    """The columns of `encode_batch` in place of `record`, cached under `key`. Lists are token ids.
 
-    def typed_batch(batch: dict) -> dict:
+    Args:
+        changes_rows: `encode_batch` takes the rows' numbers as well and gives all columns, for more rows than it took.
+    """
+
+    def typed_batch(batch: dict, *indices: list[int]) -> dict:
         """Lists as int64: a batch whose rows are all dropped has nothing from which the type could be told."""
         return {
             name: [np.asarray(row, dtype=np.int64) for row in column] if isinstance(column[0], list) else column
-            for name, column in encode_batch(batch).items()
+            for name, column in encode_batch(batch, *indices).items()
         }
 
     return dataset.map(
         typed_batch,
+        with_indices=changes_rows,
         batched=True,
         batch_size=1000,
-        remove_columns=["record"],
+        remove_columns=dataset.column_names if changes_rows else ["record"],
         num_proc=num_proc if num_proc and num_proc > 1 and len(dataset) > 1000 else None,
         new_fingerprint=key,
         load_from_cache_file=load_from_cache,

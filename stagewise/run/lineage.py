@@ -4,13 +4,13 @@ import hashlib
 import json
 import logging
 import socket
-from datetime import datetime, timezone
+from datetime import date, datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from stagewise.distributed import groups_of_rows, uses_fsdp, zero_stage
+from stagewise.distributed import decide_on_first, groups_of_rows, uses_fsdp, zero_stage
 from stagewise.errors import InputError
 from stagewise.modeling.loading import is_reward_model
 from stagewise.modeling.model_files import read_json
@@ -90,6 +90,17 @@ def check_data(checkpoint: str | None, fingerprint: str) -> None:
             "data of then, or train on from its result in a folder of its own (--peft_path, or --model_name_or_path "
             "where all weights are trained)"
         )
+
+
+def day_of_run(checkpoint: str | None) -> str:
+    """What a chat template that prints the date takes for today, as 2025-12-31, the same on all processes: the day on
+    which the run was begun, also when it goes on after midnight. Its rows would change in mid-epoch otherwise.
+    """
+
+    def decide() -> str:
+        return (read_stage(checkpoint) or {}).get("day") or date.today().isoformat()
+
+    return decide_on_first(decide)
 
 
 def layout_of(args) -> dict[str, str | int]:
@@ -195,8 +206,8 @@ def write_stage(folder: str | Path, **fields: object) -> dict:
 
     Fields of a training run: stage, base_model, parent (the base model's own stage.json or None), template, head
     ("causal_lm", "sequence_classification"), adapter (bool), dtype, quantization (of the base, or None: see
-    stagewise.modeling.quantization), data_fingerprint, rope (rope_setting of the model's configuration), layout (see
-    layout_of).
+    stagewise.modeling.quantization), data_fingerprint, day (that the chat template wrote, or None), rope (rope_setting
+    of the model's configuration), layout (see layout_of).
     """
     stage = {
         **fields,
