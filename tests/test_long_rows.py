@@ -127,7 +127,10 @@ def test_the_audit_reads_no_more_of_a_long_row(tokenizer):
     turns = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": words(40_000)}]
     record = Conversation(turns)
     row = encode_conversations([record], renderer, tokenizer, options)[0]
-    columns = {"input_ids": row.input_ids, "labels": row.labels, "dropped": "", "truncated": row.truncated}
+    columns = {
+        name: getattr(row, name)
+        for name in ("input_ids", "labels", "dropped", "truncated", "conversation", "messages")
+    }
     encoded = Dataset.from_list([columns | {"location": "rows.jsonl:1"}])
     recorder = Recorder(tokenizer)
     recorder.convert_tokens_to_ids = tokenizer.convert_tokens_to_ids

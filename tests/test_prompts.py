@@ -318,7 +318,6 @@ def test_history_and_system_stay_and_the_last_answer_goes(row, chatml, tokenizer
     assert data.label_audit == LabelAudit()
     assert data.names == ("rows",)
     assert data.sample is data.train
-    assert data.fingerprint == data.train._fingerprint
 
 
 def test_a_row_without_a_question_is_an_error(chatml, tokenizer, tmp_path):
