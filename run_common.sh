@@ -27,7 +27,7 @@ first_host() {
     sed 's/\[\([^],-]*\)[^]]*\]/\1/g; s/,.*//' <<< "$1"
 }
 
-if [ -z "${NNODES:-}" ] && [ "${SLURM_LOCALID:-0}" != 0 ]; then
+if [ "${SLURM_LOCALID:-0}" != 0 ]; then
     echo "error: SLURM has started more than one task on this node, and torchrun starts the processes itself: pass" \
         "--ntasks-per-node 1 to srun" >&2
     exit 2
@@ -35,6 +35,10 @@ fi
 NNODES="${NNODES:-${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-${SLURM_JOB_NUM_NODES:-1}}}}"
 NPROC_PER_NODE="${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}"
 [ "$NPROC_PER_NODE" != 0 ] || NPROC_PER_NODE=1
+if ! [[ "$NPROC_PER_NODE" =~ ^([1-9][0-9]*|auto|gpu|cpu)$ ]]; then
+    echo "error: NPROC_PER_NODE: found '$NPROC_PER_NODE', expected 1 or more, or auto, gpu or cpu" >&2
+    exit 2
+fi
 NODES="${SLURM_STEP_NODELIST:-${SLURM_JOB_NODELIST:-${SLURM_NODELIST:-}}}"
 if [ "$NNODES" != 1 ] && [ -n "$NODES" ]; then
     NODE_RANK="${NODE_RANK:-${SLURM_NODEID:-0}}"
@@ -64,8 +68,8 @@ launch() {
         python "$script" "$@" ${DEEPSPEED:+--deepspeed "$DEEPSPEED"}
         return
     fi
-    # each process gets its share of the cores
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( $(getconf _NPROCESSORS_ONLN) / NPROC_PER_NODE > 0 ? $(getconf _NPROCESSORS_ONLN) / NPROC_PER_NODE : 1 ))}"
+    # each process gets its share of the cores, where their number is known here (torchrun takes "auto" and "gpu" too)
+    [[ "$NPROC_PER_NODE" =~ ^[0-9]+$ ]] && export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( $(getconf _NPROCESSORS_ONLN) / NPROC_PER_NODE > 0 ? $(getconf _NPROCESSORS_ONLN) / NPROC_PER_NODE : 1 ))}"
     if [ "$NNODES" = 1 ] && [ -z "${MASTER_PORT:-}" ]; then # any free port: two runs on one machine do not meet
         meeting=(--standalone --local_addr 127.0.0.1)
     else

@@ -422,6 +422,7 @@ class StageTrainingArguments(TrainingArguments):
         self.save_on_each_node = False
         settle_engine(self)
         self._settle_precision()
+        self._check_precision_of_deepspeed()
         self.said_greater_is_better = self.greater_is_better is not None  # type: ignore[has-type]
         super().__post_init__()
         if not self.use_cpu and self.tf32 is not False:
@@ -460,6 +461,18 @@ class StageTrainingArguments(TrainingArguments):
                 f"multiplies in float32: {device_name()} has no bfloat16 of its own; --fp16 True is faster on most "
                 "such devices, with a scaled loss"
             )
+
+    def _check_precision_of_deepspeed(self) -> None:
+        """transformers compares them after the model was loaded, on every process."""
+        for name in ("bf16", "fp16"):
+            in_file = deepspeed_settings(self).get(name, {}).get("enabled")
+            here = bool(getattr(self, name) or getattr(self, f"{name}_full_eval"))
+            if isinstance(in_file, bool) and in_file != here:
+                place = " (on CPU, where float16 is none)" if name == "fp16" and self.use_cpu else ""
+                raise InputError(
+                    f"--deepspeed {self.deepspeed}: says {name} enabled {str(in_file).lower()}, and this run has it "
+                    f'{"on" if here else "off"}{place}; write "auto" there, or pass --{name} {in_file}'
+                )
 
     def _refuse_precision(self) -> None:
         """What the device would silently compute in another precision."""

@@ -517,6 +517,23 @@ def test_a_device_map_beside_shared_weights_is_named(engine, named, monkeypatch)
 
 
 @pytest.mark.parametrize(
+    ("in_file", "flags", "said"),
+    [
+        ({"bf16": {"enabled": True}}, ["--bf16", "False"], "says bf16 enabled true, and this run has it off"),
+        ({"bf16": {"enabled": False}}, ["--bf16", "True"], "says bf16 enabled false, and this run has it on"),
+        ({"fp16": {"enabled": True}}, ["--use_cpu", "True"], "fp16 enabled true.*off .on CPU"),
+    ],
+)
+def test_a_deepspeed_file_that_contradicts_the_flags(in_file, flags, said, tmp_path):
+    """transformers finds it when the model is loaded, on every process."""
+    path = tmp_path / "engine.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, **in_file}))
+    argv = ["--output_dir", "o", "--deepspeed", str(path), *flags]
+    with pytest.raises(InputError, match=f'--deepspeed .*engine.json: {said}.*write "auto" there'):
+        parse_arguments(StageTrainingArguments, argv=argv)
+
+
+@pytest.mark.parametrize(
     ("flags", "expected"),
     [
         ([], (True, True)),

@@ -194,6 +194,7 @@ ON_ONE = {**SLURM, "SLURM_JOB_NUM_NODES": "1", "SLURM_NNODES": "1", "SLURM_NODEI
             },
             "--nproc_per_node 8 --nnodes 4 --node_rank 3 --master_addr here --master_port 1 ",
         ),
+        ({"NPROC_PER_NODE": "auto"}, "--nproc_per_node auto --standalone --local_addr 127.0.0.1 "),
         (ON_ONE, "--nproc_per_node 4 --standalone --local_addr 127.0.0.1 "),
         ({**ON_ONE, "SLURM_GPUS_ON_NODE": "0", "MAX_RESTARTS": "1"}, "--nproc_per_node 1 --standalone "),
     ],
@@ -206,9 +207,16 @@ def test_what_the_launcher_is_told(told, expected, tmp_path):
 
 
 def test_several_tasks_on_a_node(tmp_path):
-    done = pretended_launch(tmp_path, **{**SLURM, "SLURM_LOCALID": "1"})
-    assert done.returncode == 2
-    assert "pass --ntasks-per-node 1 to srun" in done.stderr
+    for told in ({}, {"NNODES": "1"}):
+        done = pretended_launch(tmp_path, **{**SLURM, "SLURM_LOCALID": "1"}, **told)
+        assert done.returncode == 2
+        assert "pass --ntasks-per-node 1 to srun" in done.stderr
+
+
+def test_a_number_of_processes_that_is_none(tmp_path):
+    done = pretended_launch(tmp_path, NPROC_PER_NODE="two")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "NPROC_PER_NODE: found 'two', expected 1 or more, or auto" in done.stderr
 
 
 def pretended_launch(folder: Path, **env: str) -> subprocess.CompletedProcess:

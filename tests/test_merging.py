@@ -11,10 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import merge_peft_adapter
-from stagewise.errors import InputError
+from stagewise.errors import InputError, SaveFailed
+from stagewise.run import merging
 from tests.architectures import tiny_model
 
 VOCABULARY = 640
@@ -266,6 +267,27 @@ def test_what_a_base_has_beside_its_weights_comes_along(tokenizer, tmp_path):
     for name in ("preprocessor_config.json", "generation_config.json"):
         assert (tmp_path / "merged" / name).read_text() == (base / name).read_text()
     assert torch.equal(tensors(tmp_path / "merged")["mtp.layers.0.weight"], extra)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), Exception("No space left on device (os error 28)")]
+)
+def test_a_full_disk_leaves_nothing_behind(error, tokenizer, tmp_path, monkeypatch):
+    """Whether the weights or the tokenizer no longer fit; the second is how the tokenizers library says it."""
+    base = make_base(tmp_path / "base", tokenizer, tiny_model("llama", vocab_size=VOCABULARY))
+    adapter = make_adapter(tmp_path / "adapter", base, **LINEAR)
+
+    def full(*_, **__):
+        raise error
+
+    before = sorted(tmp_path.iterdir())
+    if isinstance(error, OSError):
+        monkeypatch.setattr(merging.Writer, "close", full)
+    else:
+        monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", full)
+    with pytest.raises(SaveFailed, match="--output_dir .*No space left.*MiB are free.*nothing was written"):
+        merge(base, adapter, tmp_path / "merged")
+    assert sorted(tmp_path.iterdir()) == before
 
 
 class LiveBytes(TorchDispatchMode):

@@ -60,7 +60,11 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(tiny_model_dir, text_file
 
 
 def test_nothing_to_resume_is_an_error_and_leaves_no_folder(tiny_model_dir, text_file, tmp_path):
-    with pytest.raises(InputError, match="no whole checkpoint"):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="no whole checkpoint.*and pass --overwrite_output_dir True"):
+        run_pt(tiny_model_dir, text_file, tmp_path / "used", "--resume_from_checkpoint", "True")
+    with pytest.raises(InputError, match="no whole checkpoint.*leave the flag out to start$"):
         run_pt(tiny_model_dir, text_file, tmp_path / "new", "--resume_from_checkpoint", "True")
     assert not (tmp_path / "new").exists()
 

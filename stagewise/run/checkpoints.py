@@ -40,9 +40,10 @@ def find_resume_checkpoint(value: str | bool | None, output_dir: str, until: int
     newest = newest_checkpoint(output_dir, until)
     if newest is None:
         everywhere = "" if until is None else " that every machine has"
+        instead = ", and pass --overwrite_output_dir True" if any(Path(output_dir).glob("*")) else ""
         raise InputError(
             f"--resume_from_checkpoint True: no whole checkpoint in {output_dir}{everywhere}; leave the flag out to "
-            "start"
+            f"start{instead}"
         )
     return newest
 

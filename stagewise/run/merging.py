@@ -1,5 +1,6 @@
 """Merge an adapter into its base, measured: what the sum changes, what rounding costs, what a reload gives."""
 
+import contextlib
 import copy
 import json
 import logging
@@ -8,6 +9,7 @@ import os
 import shutil
 import tempfile
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -18,7 +20,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from stagewise.checkpoint_files import move_into
-from stagewise.errors import InputError, first_line
+from stagewise.errors import InputError, SaveFailed, first_line
 from stagewise.modeling.base_tensors import BaseTensors
 from stagewise.modeling.loading import is_reward_model, prepare_scoring
 from stagewise.modeling.model_check import check_fits
@@ -308,12 +310,11 @@ def merge(
         folder = Path(temporary) / output.name
         folder.mkdir()
         writer = Writer(folder, _files(found, max_shard_size))
-        try:
-            outputs = stream.run(proof_rows(tokenizer), writer)
-        except OSError as error:
-            raise InputError(f"--output_dir {output}: {error}; nothing was written") from error
-        finally:
-            writer.close()
+        with _disk_errors(output):
+            try:
+                outputs = stream.run(proof_rows(tokenizer), writer)
+            finally:
+                writer.close()
         report = {
             "base_model": base_model,
             "lora_model": lora_model,
@@ -325,12 +326,13 @@ def merge(
             "quantization": asdict(found.quantization) if found.quantization else None,
         }
         _judge(report, found, lora_model)
-        _save_settings(found, tokenizer, Path(lora_model), folder)
-        stage = lineage.read_stage(lora_model) or {"base_model": base_model}
-        known = {key: value for key, value in stage.items() if key not in ("versions", "created")}
-        changed = {"adapter": False, "merged_from": lora_model, "dtype": report["dtype"], "quantization": None}
-        lineage.write_stage(folder, **{**known, **changed})
-        (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+        with _disk_errors(output):
+            _save_settings(found, tokenizer, Path(lora_model), folder)
+            stage = lineage.read_stage(lora_model) or {"base_model": base_model}
+            known = {key: value for key, value in stage.items() if key not in ("versions", "created")}
+            changed = {"adapter": False, "merged_from": lora_model, "dtype": report["dtype"], "quantization": None}
+            lineage.write_stage(folder, **{**known, **changed})
+            (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
         add_to_list(folder, [LIST, *(path.name for path in folder.iterdir())])
         clear(output)
         if any(output.glob("*")):
@@ -338,6 +340,20 @@ def merge(
         else:
             os.replace(folder, output)
     return report
+
+
+@contextlib.contextmanager
+def _disk_errors(output: Path) -> Iterator[None]:
+    """What a full or broken disk raises becomes SaveFailed; tokenizers hide its kind in a text."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and "(os error" not in str(error):
+            raise
+        free = shutil.disk_usage(output.parent).free
+        raise SaveFailed(
+            f"--output_dir {output}: {first_line(error)} ({free / 2**20:,.1f} MiB are free); nothing was written"
+        ) from error
 
 
 def _files(found: Merge, max_shard_size: str | None) -> list[Layout]:
