@@ -521,7 +521,7 @@ def test_a_device_map_beside_shared_weights_is_named(engine, named, monkeypatch)
     [
         ({"bf16": {"enabled": True}}, ["--bf16", "False"], "says bf16 enabled true, and this run has it off"),
         ({"bf16": {"enabled": False}}, ["--bf16", "True"], "says bf16 enabled false, and this run has it on"),
-        ({"fp16": {"enabled": True}}, ["--use_cpu", "True"], "fp16 enabled true.*off .on CPU"),
+        ({"fp16": {"enabled": True}}, ["--use_cpu", "True"], "says fp16 enabled true.*it off"),
     ],
 )
 def test_a_deepspeed_file_that_contradicts_the_flags(in_file, flags, said, tmp_path):

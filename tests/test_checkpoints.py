@@ -205,6 +205,7 @@ def test_a_full_disk(checkpoints, what, last, whole_run, tmp_path):
 
 def test_uploads_are_of_finished_folders(tiny_model_dir, sft_file, tmp_path, monkeypatch):
     """--push_to_hub with a hub that notes what it is given: whole checkpoints, and the model with its card."""
+    monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
     uploads = []
 
     class Done:
