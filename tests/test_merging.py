@@ -380,7 +380,7 @@ def test_a_disk_that_does_not_keep_what_it_takes_is_found_and_leaves_nothing(tok
             buffer[len(buffer) // 2] ^= 1
 
     monkeypatch.setattr(tensor_files, "_read_into", forgets)
-    with pytest.raises(InputError, match="--output_dir .*is not read back as it was written"):
+    with pytest.raises(SaveFailed, match="--output_dir .*is not read back as it was written"):
         merge(base, adapter, tmp_path / "out" / "merged")
     assert list((tmp_path / "out").iterdir()) == []
 
