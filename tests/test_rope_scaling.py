@@ -730,9 +730,10 @@ def door_loss(folder: Path, length: int) -> float:
 @pytest.fixture(scope="module")
 def short_sighted(needle) -> Path:
     """Trained from random weights on rows of 250 tokens, within its 256 positions."""
-    learn(needle, needle / "trained", "--config_name", str(needle), "--max_steps", "300", "--learning_rate", "5e-3")
-    assert door_loss(needle / "trained", 250) < 0.3
-    return needle / "trained"
+    trained = needle.with_name(f"{needle.name}-trained")
+    learn(needle, trained, "--config_name", str(needle), "--max_steps", "300", "--learning_rate", "5e-3")
+    assert door_loss(trained, 250) < 0.3
+    return trained
 
 
 def learn(needle: Path, output_dir: Path, *flags: str) -> Path:

@@ -106,6 +106,8 @@ class PPOTrainer(StageTrainerMixin, Trainer):
         check_settings(kwargs["args"], total_episodes)
         if kwargs["args"].ddp_find_unused_parameters is None:
             kwargs["args"].ddp_find_unused_parameters = False  # every step uses all that is trained
+        if kwargs["args"].metric_for_best_model in ("loss", "eval_loss"):  # what others default to
+            kwargs["args"].metric_for_best_model, kwargs["args"].greater_is_better = "eval_scores", True
         if total_episodes is not None:
             kwargs["args"].max_steps = math.ceil(total_episodes / _episodes_per_step(kwargs["args"], settings))
         super().__init__(*args, **kwargs)
