@@ -159,11 +159,12 @@ def main(argv: list[str] | None = None) -> dict:
     from stagewise.run import callbacks, lifecycle, lineage
     from stagewise.run.memory import plan_memory
     from stagewise.run.preflight import check_start
-    from stagewise.trainers.ppo import PPOSettings, PPOTrainer, check_settings
+    from stagewise.trainers.ppo import PPOSettings, PPOTrainer
 
+    if ppo_args.total_episodes is not None and args.max_steps > 0:
+        raise InputError("--total_episodes: found beside --max_steps; give one of them")
     check_start("ppo", arguments, {"--reward_model_path": ppo_args.reward_model_path})
     checkpoint = lifecycle.start_run(args, run_args)
-    check_settings(args, ppo_args.total_episodes)
     quantization = plan_quantization(model_args, lora_args, args)
 
     # 2. tokenizer and template

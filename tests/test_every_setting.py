@@ -11,6 +11,7 @@ import pretraining
 import reward_modeling
 import supervised_finetuning
 from stagewise.errors import InputError
+from stagewise.run import lifecycle
 from stagewise.run.settings import FIGURES
 from tests.stages import LORA
 
@@ -120,6 +121,28 @@ def test_what_would_change_nothing_is_refused(stage, field, start, tmp_path):
         assert f"--{field}" in str(error.value)
         assert said in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_token_of_the_command_line_is_one(start):
+    start("sft", "--push_to_hub", "True", "--hub_token", "hf_of_nobody", "--dry_run", "True")
+
+
+@pytest.mark.parametrize("stage", ALL)
+def test_early_stopping_and_the_best_go_by_the_first_figure(stage, start, monkeypatch):
+    seen = {}
+    build = lifecycle.build_trainer
+
+    def spy(kind, args, *rest, **parts):
+        seen.update(vars(args))
+        return build(kind, args, *rest, **parts)
+
+    monkeypatch.setattr(lifecycle, "build_trainer", spy)
+    stalls, limit, best = "--early_stopping_stall_num", "--save_total_limit", "--load_best_model_at_end"
+    for flags in ((stalls, "3"), (limit, "2"), (best, "True")):
+        start(stage, "--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1", *flags,
+              "--overwrite_output_dir", "True")  # fmt: skip
+        first = "scores" if stage == "ppo" else "loss"
+        assert (seen["metric_for_best_model"], seen["greater_is_better"]) == (f"eval_{first}", stage == "ppo")
 
 
 @pytest.mark.parametrize("stage", ALL)

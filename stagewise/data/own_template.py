@@ -93,8 +93,7 @@ class TokenizerRenderer:
             )
         self.tokenizer = tokenizer
         self.control_tokens = special_tokens(tokenizer)
-        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self._specials = re.compile("|".join(map(re.escape, sorted({*added, *self.control_tokens}, key=len)[::-1])))
+        self._specials = re.compile("|".join(map(re.escape, sorted(self.control_tokens, key=len)[::-1])))
         shipped = [tokenizer.get_chat_template(None, tools) for tools in (None, _TOOLS)]
         today = datetime.combine(day or date.today(), time())
         self._templates = [_on_day(text, today) for text in shipped]  # without and with tools

@@ -30,6 +30,8 @@ from stagewise.modeling.rope_scaling import (
 )
 from stagewise.modeling.untrusted import read_config
 
+GENERATION_CONFIG = "generation_config.json"
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -182,6 +184,8 @@ def settle_end(model: PreTrainedModel, tokenizer, stop_tokens: Sequence[str], na
     if named:
         tokenizer.eos_token = stop_tokens[0]
     own = model.generation_config
+    if own is None:  # code of somebody's own that generates in its own way
+        return
     own.eos_token_id = list(dict.fromkeys([*_end_ids(own), *stop_token_ids(tokenizer, stop_tokens)]))
 
 
@@ -193,7 +197,7 @@ def generating_base(model: nn.Module) -> PreTrainedModel | None:
 
 def save_end(model: PreTrainedModel, folder: Path) -> None:
     """generation_config.json beside an adapter: the base's with what settle_end has made of it, for the merge."""
-    (folder / "generation_config.json").write_text(model.generation_config.to_json_string(), encoding="utf-8")
+    (folder / GENERATION_CONFIG).write_text(model.generation_config.to_json_string(), encoding="utf-8")
 
 
 def sampling_config(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState, set_seed
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerState, set_seed
 
 from stagewise.checkpoint_files import move_into, saving
 from stagewise.distributed import groups_of_rows, uses_fsdp
@@ -226,11 +226,9 @@ def build_trainer(trainer_class: type[Trainer], args, run_args, **kwargs) -> Tra
     if args.use_liger_kernel:
         args.liger_kernel_config = liger_config(args.liger_kernel_config)
     _hide_token(args)
-    if (args.save_total_limit or 0) > 1 and args.eval_strategy != "no":
-        _look_for_best(args)  # a checkpoint that is known to be the best is not deleted
     callbacks = [LogLine(), SaveOnSignal(), EvaluationGuard()]
     if run_args.early_stopping_stall_num:
-        callbacks.append(_early_stopping(args, run_args.early_stopping_stall_num))
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=run_args.early_stopping_stall_num))
     steps = {"min_lr": run_args.min_lr, "on_nan": run_args.on_nan, "max_loss": run_args.max_loss}
     trainer = trainer_class(args=args, callbacks=callbacks, **steps, **kwargs)
     trainer.remove_callback(PrinterCallback)
@@ -245,18 +243,6 @@ def _hide_token(args) -> None:
     """
     if args.hub_token is not None:
         os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
-
-
-def _early_stopping(args, stalls: int):
-    from transformers import EarlyStoppingCallback
-
-    _look_for_best(args)
-    return EarlyStoppingCallback(early_stopping_patience=stalls)
-
-
-def _look_for_best(args) -> None:
-    if args.metric_for_best_model is None:
-        args.metric_for_best_model, args.greater_is_better = "eval_loss", False
 
 
 def total_steps(trainer: Trainer) -> int:

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 from stagewise.checkpoint_files import move_into
 from stagewise.errors import InputError, SaveFailed, first_line
 from stagewise.modeling.base_tensors import BaseTensors
+from stagewise.modeling.generation import GENERATION_CONFIG
 from stagewise.modeling.loading import is_reward_model, prepare_scoring
 from stagewise.modeling.model_check import check_fits
 from stagewise.modeling.model_files import local_path, read_json
@@ -46,7 +47,7 @@ from stagewise.run.preflight import check_apart
 
 logger = logging.getLogger(__name__)
 
-REPORT, GENERATION_CONFIG = "merge_report.json", "generation_config.json"
+REPORT = "merge_report.json"
 # Share of the positions of the proof where both first choices must be the same token: for the sum in float32, where a
 # difference means a wrong merge, and for the saved weights, whose cast may turn a near tie.
 MIN_MERGED_AGREEMENT = 0.99

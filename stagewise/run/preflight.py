@@ -59,12 +59,12 @@ def check_start(stage: str, arguments: Sequence[Any], models: Mapping[str, str |
     )
     _check_reports(args)
     _check_schedule(args, run_args.min_lr)
-    spec = data_args.validation_file_dir or data_args.train_file_dir
-    check_settings(stage, args, source_names(spec) if spec else ())
     if run_args.early_stopping_stall_num and args.eval_strategy == "no":
         raise InputError(
             "--early_stopping_stall_num: needs evaluations; pass --eval_strategy steps (and --eval_steps)"
         )
+    spec = data_args.validation_file_dir or data_args.train_file_dir
+    check_settings(stage, args, source_names(spec) if spec else (), run_args.early_stopping_stall_num is not None)
 
 
 def check_writable(flag: str, output: Path) -> None:

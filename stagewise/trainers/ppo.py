@@ -22,7 +22,6 @@ from transformers import GenerationConfig, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
 
 from stagewise.data.collators import LOCATION, encode_locations
-from stagewise.distributed import uses_fsdp, zero_stage
 from stagewise.errors import InputError, TrainingDiverged
 from stagewise.losses import policy_gradient as pg
 from stagewise.modeling.actor_critic import ActorCritic
@@ -103,11 +102,8 @@ class PPOTrainer(StageTrainerMixin, Trainer):
         self, *args, settings: PPOSettings, scorer: Scorer, sampling: GenerationConfig, rollout_batch_size: int,
         total_episodes: int | None = None, **kwargs,
     ):  # fmt: skip
-        check_settings(kwargs["args"], total_episodes)
         if kwargs["args"].ddp_find_unused_parameters is None:
             kwargs["args"].ddp_find_unused_parameters = False  # every step uses all that is trained
-        if kwargs["args"].metric_for_best_model in ("loss", "eval_loss"):  # what others default to
-            kwargs["args"].metric_for_best_model, kwargs["args"].greater_is_better = "eval_scores", True
         if total_episodes is not None:
             kwargs["args"].max_steps = math.ceil(total_episodes / _episodes_per_step(kwargs["args"], settings))
         super().__init__(*args, **kwargs)
@@ -487,27 +483,3 @@ class _Iteration(TrainerCallback):
 def _episodes_per_step(args, settings: PPOSettings) -> int:
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * settings.num_mini_batches
     return rows * args.world_size
-
-
-def check_settings(args, total_episodes: int | None) -> None:
-    """Raises InputError for settings of the Trainer that have no meaning here."""
-    for used, message in (
-        (
-            total_episodes is not None and args.max_steps > 0,
-            "--total_episodes: found beside --max_steps; give one of them",
-        ),
-        (
-            args.neftune_noise_alpha,
-            "--neftune_noise_alpha: with noise in the updates, policy and sampled log-probabilities would differ by "
-            "the noise; leave it out",
-        ),
-        (args.auto_find_batch_size, "--auto_find_batch_size: an iteration is made of the batch size; set it"),
-        (
-            args.train_sampling_strategy == "group_by_length",
-            "--train_sampling_strategy group_by_length: rollouts are sorted by length anyway; use random",
-        ),
-        (uses_fsdp(args), "--fsdp: PPO runs on plain data parallelism or ZeRO-2; leave it out"),
-        (zero_stage(args) == 3, "--deepspeed: PPO runs with ZeRO-2, not with ZeRO-3"),
-    ):
-        if used:
-            raise InputError(message)
