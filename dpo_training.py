@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> dict:
     # 4. model
     trains_all = not lora_args.use_peft
     model = load_causal_lm(model_args, tokenizer, trains_all, token_loss=False, quantization=quantization)
-    settle_end(model, tokenizer, renderer.stop_tokens, template is not None)
+    settle_end(model, tokenizer, renderer.stop_tokens, renderer.eos)
     reference = load_reference(model_args, tokenizer, dpo_args.ref_model_name_or_path, trains_all, quantization)
     model, peft_config = policy_adapter(model, lora_args)
 

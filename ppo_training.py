@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     # 4. model
     model = load_actor_critic(model_args, lora_args, tokenizer, ppo_args.temperature, quantization)
-    settle_end(model.base, tokenizer, renderer.stop_tokens, template is not None)
+    settle_end(model.base, tokenizer, renderer.stop_tokens, renderer.eos)
     scorer = load_scorer(
         ppo_args.reward_model_path, ppo_args.reward_function, model, tokenizer,
         completion_suffix(renderer, tokenizer), math.ceil(ppo_args.rollout_batch_size / 4), ppo_args.value_init,

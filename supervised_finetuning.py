@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> dict:
     model = load_causal_lm(
         model_args, tokenizer, not lora_args.use_peft, args.label_smoothing_factor, quantization=quantization
     )
-    settle_end(model, tokenizer, renderer.stop_tokens, template is not None)
+    settle_end(model, tokenizer, renderer.stop_tokens, renderer.eos)
     settle_attention(model, model_args, args)
     collator = CausalLMCollator(
         tokenizer.pad_token_id, data.names,

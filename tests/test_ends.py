@@ -126,6 +126,15 @@ def test_a_template_that_ends_with_the_tokenizers_own_eos(base, sft_file, tmp_pa
     assert AutoTokenizer.from_pretrained(output).eos_token == AutoTokenizer.from_pretrained(base).eos_token
 
 
+def test_the_role_of_the_next_turn_is_no_eos(base, sft_file, tmp_path):
+    flags = (*LORA, "--template_name", "glm4", "--add_template_tokens", "True")
+    output = train(supervised_finetuning.main, base, sft_file, tmp_path / "out", *flags)
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert tokenizer.eos_token == AutoTokenizer.from_pretrained(base).eos_token
+    ends = json.loads((output / "generation_config.json").read_text())["eos_token_id"]
+    assert tokenizer.convert_tokens_to_ids("<|user|>") in ends
+
+
 @pytest.mark.parametrize("name", template_names())
 def test_plain_jinja_reads_what_is_saved(name):
     """Without transformers' extension and settings: what llama.cpp, minijinja and Go's engines have."""

@@ -41,7 +41,8 @@ Messages = list[dict]
 class Renderer(Protocol):
     """Turns messages into text with trained spans.
 
-    fingerprint identifies it in cache keys; control_tokens must not occur in contents; stop_tokens end an answer. day
+    fingerprint identifies it in cache keys; control_tokens must not occur in contents; stop_tokens end an answer, and
+    eos, if there is one, is that of them which becomes the EOS of a trained model's tokenizer. day
     is the date that it writes into its texts, or None; opens_think says whether its generation prompt opens a think
     block that every answer has to close, describes_tools whether the tools are in the text.
     """
@@ -49,6 +50,7 @@ class Renderer(Protocol):
     fingerprint: str
     control_tokens: tuple[str, ...]
     stop_tokens: tuple[str, ...]
+    eos: str | None
     day: str | None
     opens_think: bool
 
@@ -79,6 +81,9 @@ class TemplateRenderer:
         written = template.control_tokens(self.eos_token)
         self.control_tokens = tuple(dict.fromkeys((*written, *special_tokens(tokenizer))))
         self.stop_tokens = template.stop_tokens(self.eos_token)
+        self.eos = (
+            None if template.stop_opens_turn else self.stop_tokens[0]
+        )  # the user's role is not the end of a text
         self.fingerprint = json.dumps([template.to_jinja(), self.bos_token, self.eos_token])
         self.opens_think = template.thinking == "prompted"
         split = [t for t in written if len(tokenizer(t, add_special_tokens=False).input_ids) != 1]

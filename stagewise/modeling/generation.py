@@ -173,16 +173,16 @@ def _end_ids(own: GenerationConfig | None) -> list[int]:
     return list(found) if isinstance(found, (list, tuple)) else [] if found is None else [found]
 
 
-def settle_end(model: PreTrainedModel, tokenizer, stop_tokens: Sequence[str], named: bool) -> None:
+def settle_end(model: PreTrainedModel, tokenizer, stop_tokens: Sequence[str], eos: str | None) -> None:
     """Let whoever runs the saved model end where training ended answers: generate() and serving engines go by
     generation_config.json, others by the tokenizer's EOS.
 
     Args:
-        stop_tokens: the template's, the trained one first.
-        named: it is a template of ours; the tokenizer's own has the EOS that its owner gave it.
+        stop_tokens: the template's.
+        eos: the one that becomes the tokenizer's EOS; None: it keeps its own.
     """
-    if named:
-        tokenizer.eos_token = stop_tokens[0]
+    if eos is not None:
+        tokenizer.eos_token = eos
     own = model.generation_config
     if own is None:  # code of somebody's own that generates in its own way
         return
