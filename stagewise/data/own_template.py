@@ -93,7 +93,7 @@ class TokenizerRenderer:
             )
         self.tokenizer = tokenizer
         self.control_tokens = special_tokens(tokenizer)
-        self.eos = None  # the tokenizer has the EOS that its owner gave it
+        self.eos: str | None = None  # the tokenizer has the EOS that its owner gave it
         self._specials = re.compile("|".join(map(re.escape, sorted(self.control_tokens, key=len)[::-1])))
         shipped = [tokenizer.get_chat_template(None, tools) for tools in (None, _TOOLS)]
         today = datetime.combine(day or date.today(), time())

@@ -83,7 +83,7 @@ class TemplateRenderer:
         self.stop_tokens = template.stop_tokens(self.eos_token)
         self.eos = (
             None if template.stop_opens_turn else self.stop_tokens[0]
-        )  # the user's role is not the end of a text
+        )  # no role is an EOS
         self.fingerprint = json.dumps([template.to_jinja(), self.bos_token, self.eos_token])
         self.opens_think = template.thinking == "prompted"
         split = [t for t in written if len(tokenizer(t, add_special_tokens=False).input_ids) != 1]
