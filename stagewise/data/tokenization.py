@@ -81,9 +81,7 @@ class TemplateRenderer:
         written = template.control_tokens(self.eos_token)
         self.control_tokens = tuple(dict.fromkeys((*written, *special_tokens(tokenizer))))
         self.stop_tokens = template.stop_tokens(self.eos_token)
-        self.eos = (
-            None if template.stop_opens_turn else self.stop_tokens[0]
-        )  # no role is an EOS
+        self.eos = None if template.stop_opens_turn else self.stop_tokens[0]  # no role is an EOS
         self.fingerprint = json.dumps([template.to_jinja(), self.bos_token, self.eos_token])
         self.opens_think = template.thinking == "prompted"
         split = [t for t in written if len(tokenizer(t, add_special_tokens=False).input_ids) != 1]
