@@ -154,6 +154,7 @@ def look(output_dir: Path, local_rank: int) -> Machines:
             folder.rmdir()
         except OSError:  # another machine's mistake is not ours to tidy, and an empty folder is no harm
             break
+    dist.barrier()  # whoever looks at output_dir next would else see a folder that is just being removed
     return Machines(writers[rank], tuple(sorted(set(writers))), several=True)
 
 

@@ -694,12 +694,13 @@ def needle(tmp_path_factory) -> Path:
     from transformers import PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("needle")
-    special = ["<pad>", "</s>", "<|im_start|>", "<|im_end|>"]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(special + WORDS)}, unk_token="x"))
+    special = ["<pad>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(special + WORDS)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="x", pad_token="<pad>", eos_token="</s>", extra_special_tokens=special[2:]
-    )
+        tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>", eos_token="</s>",
+        extra_special_tokens=special[3:],
+    )  # fmt: skip
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": len(tokenizer), "intermediate_size": 64}
     LlamaConfig(**(SIZES | sizes | {"max_position_embeddings": 256})).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
