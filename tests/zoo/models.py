@@ -1,9 +1,13 @@
 """Tiny random models of the architectures of transformers that people train, from its configurations."""
 
+from pathlib import Path
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-# What nearly every configuration takes. Sizes that are unlike each other: a layer that is put in another's place fails.
+from tests.zoo.tokenizers import tiny_tokenizer
+
+# What nearly every configuration takes: sizes that are unlike each other, as far as attention allows.
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256,
@@ -49,7 +53,7 @@ ARCHITECTURES: dict[str, dict] = {
     "stablelm": {},
     "nemotron": {"head_dim": 8},
     "helium": {"head_dim": 8},
-    "exaone4": {"head_dim": 8, "sliding_window": 12, "sliding_window_pattern": "LG"},
+    "exaone4": {"head_dim": 8, "sliding_window": 12, "sliding_window_pattern": 2},
     "seed_oss": {"head_dim": 8},
     "ernie4_5": {"head_dim": 8},
     "hunyuan_v1_dense": {"head_dim": 8},
@@ -58,7 +62,7 @@ ARCHITECTURES: dict[str, dict] = {
     "minicpm3": {**_MLA},
     "nanochat": {},
     "persimmon": {},
-    "modernbert_decoder": {"local_attention": 12, "num_key_value_heads": 4},
+    "modernbert-decoder": {"local_attention": 12, "num_key_value_heads": 4},
     # soft caps
     "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8, "final_logit_softcapping": 3.0, "sliding_window": 12},
@@ -111,8 +115,11 @@ ARCHITECTURES: dict[str, dict] = {
     "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
     "minimax_m2": {**_LOCAL, "head_dim": 8, "rotary_dim": 4},
     "jetmoe": {**_LOCAL, "kv_channels": 8},
-    "dbrx": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256, "ffn_config": {
-        "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2}, "attn_config": {"kv_n_heads": 2}},
+    "dbrx": {
+        "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     # state spaces, recurrences, and hybrids
     "mamba": {"state_size": 8},
     "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 16},
@@ -124,11 +131,13 @@ ARCHITECTURES: dict[str, dict] = {
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "zamba": {
         "mamba_d_state": 8, "n_mamba_heads": 2, "mamba_dt_rank": 4, "attention_hidden_size": 64,
-        "num_key_value_heads": 4, "attention_head_dim": 16, "layers_block_type": ["mamba", "hybrid"],
+        "num_key_value_heads": 4, "attention_head_dim": 16,
+        "layers_block_type": ["mamba", "hybrid", "hybrid"], "num_hidden_layers": 3,
     },
     "zamba2": {
         "mamba_d_state": 8, "n_mamba_heads": 4, "mamba_headdim": 16, "mamba_ngroups": 1, "num_key_value_heads": 4,
-        "layers_block_type": ["mamba", "hybrid"], "hybrid_layer_ids": [1], "num_mem_blocks": 1, "adapter_rank": 4,
+        "layers_block_type": ["mamba", "hybrid", "hybrid"], "num_hidden_layers": 3,
+        "hybrid_layer_ids": [1, 2], "num_mem_blocks": 1, "adapter_rank": 4,
     },
     "jamba": {
         "num_experts": 2, "num_experts_per_tok": 1, "mamba_d_state": 8, "attn_layer_period": 2, "attn_layer_offset": 1,
@@ -148,6 +157,34 @@ ARCHITECTURES: dict[str, dict] = {
     "recurrent_gemma": {"attention_window_size": 12, "block_types": ["recurrent", "attention"], "head_dim": 8},
     "rwkv": {"attention_hidden_size": 32, "context_length": 256},
 }  # fmt: skip
+
+# The habits of their tokenizers, see tests/zoo/tokenizers.py; of the others, byte-level without any.
+_HABITS = {
+    "unk is eos": ("gpt2", "gpt_bigcode", "gpt_neo", "gptj", "codegen", "gpt_neox", "opt", "phi", "starcoder2", "mpt",
+                   "falcon", "stablelm", "mamba", "rwkv"),
+    "pad is eos": ("llama", "olmo2", "olmo3", "smollm3", "dbrx", "granite", "granitemoe", "nemotron_h"),
+    "no BOS": ("bloom", "xglm", "biogpt", "modernbert-decoder", "persimmon", "bamba", "falcon_h1"),
+    "sentencepiece": ("mistral", "ministral", "mixtral", "phi3", "phimoe", "jamba", "zamba", "zamba2", "minicpm3",
+                      "jetmoe", "deepseek_v2", "ernie4_5", "ernie4_5_moe"),
+    "sentencepiece, <bos>": ("gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "recurrent_gemma",
+                             "cohere", "cohere2"),
+}  # fmt: skip
+
+
+def habit_of(name: str) -> str:
+    """Of the tokenizer that models of this architecture come with."""
+    return next((habit for habit, names in _HABITS.items() if name.split()[0] in names), "byte-level")
+
+
+def save_model(name: str, folder: Path) -> Path:
+    """Write a tiny model of the table with its tokenizer to folder / name."""
+    path = folder / name.replace(" ", "-")
+    tokenizer = tiny_tokenizer(habit_of(name))
+    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
+    model = tiny_model(name, vocab_size=len(tokenizer), **ids)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
 
 
 def tiny_config(name: str, **changes):
