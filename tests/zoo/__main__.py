@@ -23,7 +23,7 @@ _HEAD = """\
 # Models
 
 Printed by `python -m tests.zoo`, which trains a tiny random model of each architecture (two layers, 32 wide, float32,
-on a CPU) with a tokenizer of the habit that its models come with. Nothing here is written by hand, and nothing of it was
+on a CPU) with a tokenizer of the habit that its models come with. Nothing here is written by hand, and nothing was
 run on a GPU: kernels that exist there alone (`mamba_ssm`, FlashAttention) are not in it.
 
 | Column | A cell says "works" where |

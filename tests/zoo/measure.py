@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import shutil
 import sys
 import tempfile
 import traceback
@@ -35,8 +36,10 @@ class Bench:
 
     def run(self, main: Callable, name: str, *flags: str) -> Path:
         out = self.folder / name
-        common = ("--report_to", "none", "--logging_steps", "1", "--save_strategy", "no", "--do_eval", "False")
-        main(["--model_name_or_path", str(self.model), "--output_dir", str(out), *common, *flags])
+        common = ("--report_to", "none", "--logging_steps", "1", "--save_strategy", "no")
+        main(
+            ["--model_name_or_path", str(self.model), "--do_train", "True", "--output_dir", str(out), *common, *flags]
+        )
         return out
 
     def sft(self, name: str, *flags: str) -> Path:
@@ -47,7 +50,7 @@ class Bench:
             for question, answer in [(_QUESTION, _ANSWER), ("Hello, who are you?", "I count: one, two.")] * 4
         ]
         data = self._write("sft.jsonl", rows)
-        flags = ("--template_name", "vicuna", "--model_max_length", "96", "--train_file_dir", data, *flags)
+        flags = ("--model_max_length", "96", "--train_file_dir", data, *flags)
         return self.run(supervised_finetuning.main, name, *flags)
 
     def pairs(self) -> str:
@@ -124,18 +127,28 @@ def packed(bench: Bench) -> dict[str, str]:
 
     def compare() -> None:
         flags = ("--use_peft", "False", "--max_steps", "1", "--per_device_train_batch_size", "8")
-        one = _logs(bench.sft("packed", "--packing", "True", *flags), "loss")[0]
-        other = _logs(bench.sft("unpacked", *flags), "loss")[0]
+        still = _without_dropout(bench)
+        one = _logs(still.sft("packed", "--packing", "True", *flags), "loss")[0]
+        other = _logs(still.sft("unpacked", *flags), "loss")[0]
         if abs(one - other) > 1e-3:
             raise Wrong(f"the first loss is {one:.4f} packed and {other:.4f} unpacked")
 
     return {"packed": _cell(compare)}
 
 
+def _without_dropout(bench: Bench) -> Bench:
+    folder = bench.folder / "still"
+    shutil.copytree(bench.model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    random = [key for key, value in config.items() if isinstance(value, float) and ("drop" in key or "jitter" in key)]
+    (folder / "config.json").write_text(json.dumps({**config, **dict.fromkeys(random, 0.0)}))
+    return Bench(folder, bench.folder)
+
+
 def reward_model(bench: Bench) -> dict[str, str]:
     import reward_modeling
 
-    flags = ("--template_name", "vicuna", "--train_file_dir", bench.pairs(), "--max_steps", "2")
+    flags = ("--train_file_dir", bench.pairs(), "--max_steps", "2")
     return {"RM": _cell(lambda: bench.run(reward_modeling.main, "rm", *flags, *LORA, *STEPS))}
 
 
@@ -144,7 +157,7 @@ def dpo(bench: Bench) -> dict[str, str]:
     import dpo_training
 
     def train() -> None:
-        flags = ("--template_name", "vicuna", "--train_file_dir", bench.pairs(), "--max_steps", "3")
+        flags = ("--train_file_dir", bench.pairs(), "--max_steps", "3")
         losses = _logs(bench.run(dpo_training.main, "dpo", *flags, *LORA, *STEPS), "loss")
         if abs(losses[0] - LN_2) > 1e-3 or losses[-1] >= losses[0]:
             raise Wrong(f"losses {losses}")
@@ -161,7 +174,7 @@ def ppo(bench: Bench) -> dict[str, str]:
 
     def train() -> None:
         flags = (
-            "--template_name", "vicuna", "--train_file_dir", str(bench.folder / "sft.jsonl"), "--reward_function",
+            "--train_file_dir", str(bench.folder / "sft.jsonl"), "--reward_function",
             f"{reward}:score", "--max_new_tokens", "8", "--max_steps", "1", "--num_ppo_epochs", "1",
             "--per_device_train_batch_size", "4",
         )  # fmt: skip

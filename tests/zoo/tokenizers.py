@@ -16,6 +16,12 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 VOCABULARY = 400
+# Of words alone, with the end token behind an answer, so that it fits any of them.
+_CHAT = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' else '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 _TEXT = [
     f"user assistant system: What is {i} plus {i}? It is {2 * i}. Gladly, ask me anytime! Who cares, count yourself."
     for i in range(100)
@@ -62,7 +68,9 @@ def _sentencepiece_like(bos: str, eos: str) -> PreTrainedTokenizerFast:
 @functools.cache
 def tiny_tokenizer(habit: str) -> PreTrainedTokenizerFast:
     """One of HABITS; its rows of 400 to 700 tokens fit a vocabulary of models.VOCABULARY."""
-    return HABITS[habit]()
+    tokenizer = HABITS[habit]()
+    tokenizer.chat_template = _CHAT
+    return tokenizer
 
 
 HABITS = {
