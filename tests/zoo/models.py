@@ -180,7 +180,9 @@ def save_model(name: str, folder: Path) -> Path:
     """Write a tiny model of the table with its tokenizer to folder / name."""
     path = folder / name.replace(" ", "-")
     tokenizer = tiny_tokenizer(habit_of(name))
-    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
+    found = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
+    # some configurations take numbers alone, and have others by themselves, beyond the vocabulary
+    ids = {name: tokenizer.eos_token_id if value is None else value for name, value in found.items()}
     model = tiny_model(name, vocab_size=len(tokenizer), **ids)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
