@@ -9,7 +9,6 @@ About ten seconds a model on one core; --jobs shares the models out.
 import argparse
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -46,8 +45,8 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=[*ARCHITECTURES], default=[*ARCHITECTURES], metavar="NAME")
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with models of its own")
     args = parser.parse_args()
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"), max_tasks_per_child=8) as pool:
-        rows = dict(zip(args.models, pool.map(measure, args.models), strict=True))
+    with get_context("spawn").Pool(args.jobs, maxtasksperchild=8) as pool:
+        rows = dict(zip(args.models, pool.imap(measure, args.models), strict=True))
     print(page(rows))
     broken = [f"{name}, {column}: {cell}" for name, row in rows.items() for column, cell in row.items() if _bad(cell)]
     print(*broken, sep="\n", file=sys.stderr)
