@@ -44,8 +44,8 @@ def kinds(paths) -> set[str]:
 def test_every_stage_works_or_says_in_one_message_why_not(name):
     cells = measure(name)
     refused = {column: cell for column, cell in cells.items() if cell != WORKS}
-    allowed = {"packed": "--packing: ", "RM": "has no AutoModelForSequenceClassification"}
-    assert all(allowed.get(column, "no column") in cell for column, cell in refused.items()), refused
+    allowed = {"packed": "^--packing: ", "RM": "has no AutoModelForSequenceClassification|new layers beside its score"}
+    assert all(re.search(allowed.get(column, "^$"), cell) for column, cell in refused.items()), refused
     assert {"LoRA all", "merge", "full", "DPO", "PPO"} <= {*cells}
 
 

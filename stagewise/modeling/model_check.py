@@ -212,8 +212,7 @@ def _check_vocabulary(
         flag = "--tokenizer_name_or_path" if model_args.tokenizer_name_or_path else "--model_name_or_path"
         raise InputError(
             f"{flag} {name}: the tokenizer has {len(tokenizer)} tokens, and the embedding of the model {rows} rows; "
-            f"give the model's own tokenizer, or train the new rows: --modules_to_save {names}"
-            + alone
+            f"give the model's own tokenizer, or train the new rows: --modules_to_save {names}" + alone
         )
     if trains_new_tokens and covered:
         raise InputError(

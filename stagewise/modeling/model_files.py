@@ -199,7 +199,12 @@ def require_all_weights(what: str, model: Any, found: Mapping[str, Any], draws_h
                 logger.warning("%s: %d tensors that the model %s: %s", what, len(names), problem, _few(names))
         return
     prefix = next((p for p in _WRAPPERS if any(name.startswith(p) or f".{p}" in name for name in unexpected)), None)
-    if prefix is not None:
+    if draws_head and not any(name.startswith(f"{model.base_model_prefix}.") for name in missing):
+        advice = (
+            "a reward model of this architecture has new layers beside its score, which an adapter would not hold; "
+        )
+        advice += "choose a base of another architecture"
+    elif prefix is not None:
         advice = f"the names in the files begin with {prefix}; {_WRAPPERS[prefix]}, or take {prefix} off the names"
     elif unexpected:
         advice = f"the files have {len(unexpected)} tensors that it has no place for ({_few(unexpected)}); take "

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stagewise.errors import InputError
+from stagewise.errors import InputError, TrainingDiverged
 from tests.zoo.models import save_model
 
 WORKS = "works"
@@ -193,7 +193,6 @@ def measure(name: str) -> dict[str, str]:
 
     A cell is missing where the one before it did not work.
     """
-    logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         made = _cell(lambda: save_model(name, Path(folder)))
@@ -209,16 +208,19 @@ def measure(name: str) -> dict[str, str]:
 
 def _cell(run: Callable[[], object]) -> str:
     said = io.StringIO()
+    logging.disable(logging.WARNING)
     try:
         with redirect_stdout(said), redirect_stderr(said):
             run()
     except InputError as error:
         return str(error)
-    except Wrong as error:
+    except (Wrong, TrainingDiverged) as error:
         return f"wrong: {error}"
     except SystemExit as error:
         return f"exit {error.code}: {said.getvalue().strip()[-300:]}"
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         return f"traceback: {type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+    finally:
+        logging.disable(logging.NOTSET)
     return WORKS
