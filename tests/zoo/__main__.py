@@ -8,7 +8,9 @@ About ten seconds a model on one core; --jobs shares the models out.
 
 import argparse
 import os
+import re
 import sys
+import textwrap
 from multiprocessing import get_context
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -36,7 +38,7 @@ run on a GPU: kernels that exist there alone (`mamba_ssm`, FlashAttention) are n
 | DPO | the first loss is ln 2, and then it falls |
 | PPO | the first ratio of new to old probabilities is 1 |
 
-A number is the message under the table that refuses the run.
+A number is the message under the table that refuses the run; MODEL, N% and KERNEL are another word for each model.
 """
 
 
@@ -57,17 +59,20 @@ def page(rows: dict[str, dict[str, str]]) -> str:
     """docs/models.md, as Markdown."""
     notes: dict[str, int] = {}
 
-    def shown(cell: str | None) -> str:
-        if cell in (None, WORKS):
+    def shown(name: str, cell: str | None) -> str:
+        if cell is None or cell == WORKS:
             return cell or ""
+        # one note for all that are refused alike
+        cell = re.sub(rf"\b({re.escape(name.split()[0])}|\w+ForCausalLM)\b", "MODEL", " ".join(cell.split()))
+        cell = re.sub(r"(\d+\.\d%) with (\w+)", "N% with KERNEL", cell)
         return f"[{notes.setdefault(cell, len(notes) + 1)}]"
 
     columns = ["Architecture", "Tokenizer", *COLUMNS]
     lines = [_HEAD, f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for name, row in rows.items():
-        cells = [f"`{name}`", habit_of(name), *(shown(row.get(column)) for column in COLUMNS)]
+        cells = [f"`{name}`", habit_of(name), *(shown(name, row.get(column)) for column in COLUMNS)]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *(f"{number}. {' '.join(cell.split())}" for cell, number in notes.items())]
+    lines += ["", *(f"{number}. {textwrap.shorten(cell, 320)}" for cell, number in notes.items())]
     return "\n".join(lines)
 
 

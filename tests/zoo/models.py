@@ -117,7 +117,7 @@ ARCHITECTURES: dict[str, dict] = {
     "jetmoe": {**_LOCAL, "kv_channels": 8},
     "dbrx": {
         "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256,
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
     },
     # state spaces, recurrences, and hybrids
