@@ -55,11 +55,13 @@ def batch():
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def build(name):
+def build(name, **changes):
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(configurations()[name]).eval()
+    config = configurations()[name]
+    config.update(changes)
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():  # the usual initialisation makes all logits nearly equal
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)

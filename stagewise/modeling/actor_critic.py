@@ -24,7 +24,14 @@ from stagewise.modeling.loading import load_causal_lm
 from stagewise.modeling.lora import attach_adapter
 from stagewise.modeling.precision import Float32Linear
 from stagewise.modeling.quantization import Quantization
-from stagewise.modeling.token_loss import hidden_states_reproduce_logits, last_hidden_state, logit_transform
+from stagewise.modeling.randomness import turn_randomness_off
+from stagewise.modeling.sharded import shape_of
+from stagewise.modeling.token_loss import (
+    decoder_of,
+    hidden_states_reproduce_logits,
+    last_hidden_state,
+    logit_transform,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -147,14 +154,19 @@ class ActorCritic(nn.Module):
             if keeps_adapter:
                 _add_reference_adapter(policy)
         self._reference_adapters = (REFERENCE,) if keeps_adapter else ()
-        hidden_size = self.config.get_text_config().hidden_size
+        self._transform = logit_transform(self.config)
+        self._chunked = hidden_states_reproduce_logits(self.base)
         # V = 0 at the start: the first advantages are those of the rewards alone, not of a random head
-        self.value_head = Float32Linear(hidden_size, 1, device=self.base.get_input_embeddings().weight.device)
+        self.value_head = Float32Linear(self._state_width(), 1, device=self.base.get_input_embeddings().weight.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.share_adapters()
-        self._transform = logit_transform(self.config)
-        self._chunked = hidden_states_reproduce_logits(self.base)
+
+    def _state_width(self) -> int:
+        """Of the decoder's last hidden states: what the head reads, which in OPT-350m is not hidden_size."""
+        if self._chunked:
+            return shape_of(self.base.get_output_embeddings().weight)[-1]
+        return self.config.get_text_config().hidden_size
 
     def share_adapters(self) -> None:
         """To be called after adapters were added: all layers follow one switch; policy and value model are trained."""
@@ -207,7 +219,7 @@ class ActorCritic(nn.Module):
         with self._with(POLICY):
             logprobs, entropies = self._logprobs(self.base, batch, POLICY)
         with self._with(VALUE):
-            decoder = self.base.get_decoder() if self.value_model is None else self.value_model
+            decoder = decoder_of(self.base) if self.value_model is None else self.value_model
             hidden = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         values = _scatter(self.value_head(_gather_states(hidden, batch)[mask]).squeeze(-1), mask)
         return logprobs, values, entropies
@@ -396,12 +408,14 @@ def load_actor_critic(
         InputError: as load_causal_lm and attach_adapter.
     """
     policy = load_causal_lm(args, tokenizer, not lora_args.use_peft, token_loss=False, quantization=quantization)
+    turn_randomness_off(policy)  # answers are sampled without it, and what the updates see are ratios to those
     if lora_args.use_peft:
         policy = attach_adapter(policy, lora_args)
         return ActorCritic(policy, keeps_adapter=bool(lora_args.peft_path), temperature=temperature)
     logger.info("--use_peft False: policy, value model and reference are three models in memory")
     attach_adapter(policy, lora_args)
-    value_model = load_causal_lm(args, tokenizer, True, token_loss=False).get_decoder()
+    value_model = decoder_of(load_causal_lm(args, tokenizer, True, token_loss=False))
+    turn_randomness_off(value_model)
     reference = load_causal_lm(args, tokenizer, True, token_loss=False).requires_grad_(False).eval()
     return ActorCritic(policy, value_model.requires_grad_(True), reference, temperature=temperature)
 

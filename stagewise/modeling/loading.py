@@ -26,7 +26,14 @@ from stagewise.arguments import ModelArguments
 from stagewise.errors import InputError, first_line
 from stagewise.modeling.attention import is_flash, require_flash_attention
 from stagewise.modeling.experts import find_router_loss, gather_experts_together
-from stagewise.modeling.model_files import check_config_file, check_tokenizer_files, local_path, read_json
+from stagewise.modeling.model_files import (
+    SCORE_HEADS,
+    check_config_file,
+    check_tokenizer_files,
+    local_path,
+    read_json,
+    require_all_weights,
+)
 from stagewise.modeling.precision import multiply_in_float32, upcast_norms
 from stagewise.modeling.quantization import Quantization, loading_options, settle_quantized
 from stagewise.modeling.rope_scaling import (
@@ -42,9 +49,6 @@ from stagewise.modeling.token_loss import install_token_loss
 from stagewise.modeling.untrusted import read_config, unpickling_failed
 
 logger = logging.getLogger(__name__)
-
-# What architectures call the layer that makes a score of a hidden state; peft trains and saves modules of these names.
-SCORE_HEADS = ("score", "classifier")
 
 
 def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
@@ -237,7 +241,8 @@ def _draw_head(model: PreTrainedModel) -> None:
     if head is None:
         return
     with whole(head.parameters(), changes=True), torch.no_grad():
-        head.weight.normal_(std=model.config.get_text_config().initializer_range)
+        config = model.config.get_text_config()
+        head.weight.normal_(std=getattr(config, "initializer_range", None) or getattr(config, "init_std", 0.02))
 
 
 def check_score_head(args: ModelArguments) -> None:
@@ -352,7 +357,7 @@ def _build_model(
         return auto_class.from_config(config, dtype=torch.float32 if dtype == "auto" else dtype, **attention)
     device_map = _device_map(args.device_map)
     quantized = loading_options(config, quantization, device_map)
-    model = _from_pretrained(
+    model, found = _from_pretrained(
         auto_class.from_pretrained,
         args.model_name_or_path,
         args,
@@ -360,9 +365,12 @@ def _build_model(
         config=config,
         dtype=dtype,
         use_safetensors=None if args.allow_pickle else True,
+        output_loading_info=True,
         **{"device_map": device_map, **quantized},
         **attention,
     )
+    draws_head = auto_class is AutoModelForSequenceClassification and not is_reward_model(args.model_name_or_path)
+    require_all_weights(f"--model_name_or_path {args.model_name_or_path}", model, found, draws_head)
     settle_quantized(model, quantization.compute_dtype if quantization else None)
     if is_deepspeed_zero3_enabled():
         gather_experts_together(model)

@@ -1,6 +1,11 @@
 """Put a LoRA adapter on a model: fresh, or from an old adapter's weights."""
 
+import copy
+import functools
+import inspect
 import logging
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -10,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from stagewise.arguments import LoraArguments
 from stagewise.errors import InputError
-from stagewise.modeling.model_files import ADAPTER_CONFIG, check_adapter_files, read_json
+from stagewise.modeling.model_files import ADAPTER_CONFIG, SCORE_HEADS, check_adapter_files, read_json
 from stagewise.modeling.precision import hold_in_float32
 from stagewise.modeling.quantization import TrainedBase, quantization_of, quantized_inside
 from stagewise.modeling.rope_scaling import check_peft_path
@@ -48,12 +53,12 @@ def attach_adapter(
         peft_model = _load_adapter(model, args.peft_path, task_type)
     else:
         config = lora_config(model, args, task_type, trains_new_tokens)
-        wanted = set(config.target_modules or ()) if config.target_parameters else set()
+        if args.target_modules == "all":
+            _report_left_out(model)
         try:
             peft_model = get_peft_model(model, config)
         except ValueError as error:
             raise InputError(f"--target_modules {args.target_modules}: {error}") from error
-        _report_left_out(peft_model, wanted)
     if args.trainable_params:
         _train_in_float32(peft_model)
     head = peft_model.get_base_model().get_output_embeddings()
@@ -92,6 +97,7 @@ def lora_config(model: PreTrainedModel, args: LoraArguments, task_type: str, tra
     modules, experts = target_modules(model, args.target_modules)
     if experts:
         _check_experts(model, args, experts)
+    require_untied(f"--target_modules {args.target_modules}", model, modules)
     return LoraConfig(
         task_type=task_type,
         target_modules=modules,
@@ -111,6 +117,7 @@ def _load_adapter(model: PreTrainedModel, path: str, task_type: str):
 
     check_adapter(path, task_type)
     check_peft_path(path, model.config)
+    require_mergeable(path, model)
     trained, here = TrainedBase.of(path), quantization_of(model)
     if trained.differs_from(here):
         logger.warning("%s was trained on %s, and goes on with %s", path, trained, here or "no quantization")
@@ -118,6 +125,44 @@ def _load_adapter(model: PreTrainedModel, path: str, task_type: str):
         return PeftModel.from_pretrained(model, path, is_trainable=True)
     except RuntimeError as error:  # sizes differ
         raise InputError(f"--peft_path {path}: does not fit this base model: {error}") from error
+
+
+def require_mergeable(path: str, model: nn.Module) -> None:
+    """Raises InputError where the adapter in a folder is on one side of a matrix that embedding and head share."""
+    from peft import LoraConfig
+
+    config = LoraConfig.from_pretrained(path)
+    if not config.ensure_weight_tying:
+        require_untied(f"--peft_path {path}", model, config.target_modules or ())
+
+
+def require_untied(what: str, model: nn.Module, targets: str | Iterable[str]) -> None:
+    """Embedding and head that are one matrix: an adapter on either changes that use of it alone.
+
+    Args:
+        targets: names or paths, or, as a string, peft's regular expression of paths.
+
+    Raises:
+        InputError: one of the two is among the targets.
+    """
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if head is None or getattr(head, "weight", None) is not embedding.weight:
+        return
+    for path, module in model.named_modules():
+        if module is not embedding and module is not head:
+            continue
+        name = path.rpartition(".")[-1]
+        if isinstance(targets, str):
+            found = re.fullmatch(targets, path) is not None
+        else:
+            found = any(path == target or path.endswith(f".{target}") for target in targets)
+        if found:
+            raise InputError(
+                f"{what}: {name} shares its matrix with the {'head' if module is embedding else 'embedding'} of "
+                f"{type(model).__name__}, so that an adapter on it could not be merged; leave it out, or train the "
+                f"matrix itself in both places: --modules_to_save {embedding_names(model)[0]}"
+            )
 
 
 def check_adapter(path: str, task_type: str) -> None:
@@ -134,45 +179,195 @@ def check_adapter(path: str, task_type: str) -> None:
         )
 
 
-def target_modules(model: nn.Module, spec: str) -> tuple[str | list[str], list[str]]:
-    """What --target_modules means in this model: (linear layers, experts).
+def target_modules(model: nn.Module, spec: str) -> tuple[list[str], list[str]]:
+    """What --target_modules means in this model: (linear layers, parameters).
 
-    `all` is every linear layer but the head, and every expert of a mixture; names are those of linear layers or of
-    experts, each of which must exist. The experts of a layer are one parameter of three dimensions (gate_up_proj,
-    down_proj), or both of them by the name of the module that holds them (experts). Routers have no adapter: an update
-    of theirs changes which experts see a token, and not what they make of it.
+    `all` is every linear layer but the head and those of `left_out`, and every expert of a mixture; names are those of
+    linear layers or of experts, each of which must exist. The experts of a layer are one parameter of three dimensions
+    (gate_up_proj, down_proj), or both of them by the name of the module that holds them (experts).
 
-    In a mixture all targets are full paths: of some names (gate_proj) peft makes others, and adapts the routers.
+    In a mixture all targets are full paths, and layers that peft would take for experts (see _renamed_by_peft) are
+    named by their weights, as the experts are: the adapter is of the same kind and shape.
+
+    Raises:
+        InputError: a name that nothing has, or of a layer that cannot have an adapter.
     """
     experts = expert_parameters(model)
-    if not experts:
-        if spec == "all":
-            return "all-linear", []
-        names = [name.strip() for name in spec.split(",") if name.strip()]
-        _require_modules(model, names, "--target_modules", linear_only=True)
-        return names, []
-    head = model.get_output_embeddings()
-    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    linear = [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    apart = left_out(model)
     if spec == "all":
-        return linear, experts
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        scores = {name for name in SCORE_HEADS if hasattr(model, name)}
+        linear = [
+            path
+            for path in linear
+            if path not in apart and model.get_submodule(path) is not head and path.split(".")[0] not in scores
+        ]
+        return _as_peft_takes_them(model, linear, experts)
     names = [name.strip() for name in spec.split(",") if name.strip()]
-    missing = [name for name in names if not any(_is_called(path, name) for path in linear + experts)]
+    if not experts:
+        _require_modules(model, names, "--target_modules", linear_only=True)
+    missing = [name for name in names if experts and not any(_is_called(path, name) for path in linear + experts)]
     if missing:
-        there = sorted({path.rpartition(".")[-1] for path in linear + experts})
+        there = sorted({path.rpartition(".")[-1] for path in linear + experts if path not in apart})
         raise InputError(
             f"--target_modules {spec}: no linear layer and no experts named {', '.join(missing)}; there is: experts, "
             f"{', '.join(there)}"
         )
+    refused = {path: why for path, why in apart.items() if any(_is_called(path, name) for name in names)}
+    tolerated = [name for name in names if any(_is_called(path, name) for path in linear if path not in apart)]
+    never = [name for name in names if name not in tolerated and any(_is_called(path, name) for path in refused)]
+    if never:
+        path = next(path for path in refused if _is_called(path, never[0]))
+        raise InputError(f"--target_modules {spec}: {path} {refused[path]}; leave {', '.join(never)} out")
+    if not experts and not refused:
+        return names, []
 
     def chosen(paths: list[str]) -> list[str]:
-        return [path for path in paths if any(_is_called(path, name) for name in names)]
+        return [path for path in paths if path not in refused and any(_is_called(path, name) for name in names)]
 
-    return chosen(linear), chosen(experts)
+    embeddings = [path for path, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    return _as_peft_takes_them(model, chosen(linear + embeddings), chosen(experts))
+
+
+def left_out(model: nn.Module) -> dict[str, str]:
+    """The linear layers that never have an adapter, with the reason, as the end of a sentence that begins with them.
+
+    Routers: an update of theirs changes which experts see a token, and not what they make of it. Layers whose weights
+    the kernel of a state-space mixer reads, so that an adapter on them would be passed by. Layers that share their
+    weight with others: an adapter on one of them could not be merged. Towers of other senses than text.
+    """
+    found: dict[str, str] = {}
+    weights: dict[int, list[str]] = {}
+    blocks = {path.rsplit(".", 2)[0] for path in expert_parameters(model)}
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    language = _language_model(model)
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, Conv1D)):
+            continue
+        weights.setdefault(id(module.weight), []).append(path)
+        holder, _, name = path.rpartition(".")
+        if _is_router(model, path, module, blocks):
+            found[path] = "is a router, and routers have no adapter"
+        elif name in _weights_read(model.get_submodule(holder).__class__):
+            found[path] = "is read by a kernel (of a state-space layer, say) that would pass by an adapter"
+        elif language is not None and module is not head and not path.startswith(language):
+            found[path] = "is not of the language model"
+    for paths in weights.values():
+        for path in paths if len(paths) > 1 else ():
+            found.setdefault(path, f"shares its weight with {', '.join(other for other in paths if other != path)}")
+    return found
+
+
+def _language_model(model: nn.Module) -> str | None:
+    """The path of the language model in one that also reads images or sounds, with a dot behind it; None elsewhere."""
+    config = getattr(model, "config", None)
+    if config is None or config.get_text_config() is config:
+        return None
+    embedding = model.get_input_embeddings()
+    text = type(config.get_text_config())
+    for path, module in model.named_modules():
+        if path and isinstance(getattr(module, "config", None), text) and embedding in module.modules():
+            return f"{path}."
+    return None
+
+
+def _is_router(model: nn.Module, path: str, module: nn.Module, blocks: set[str]) -> bool:
+    """Whether this linear layer chooses experts (one that weighs a shared expert does not).
+
+    Going by names (mlp.router, mlp.gate.wg), and by what is made of it: something else than a
+    tensor, or, in a block with experts, a number for each of them that no other layer of the block reads.
+
+    Args:
+        blocks: paths of the modules that hold experts.
+    """
+    names = path.lower().split(".")
+    if any("router" in name for name in names) or not _makes_a_tensor(module):
+        return True
+    block = next((block for block in blocks if path.startswith(f"{block}.")), None)
+    if block is None:
+        return False
+    inside = names[len(block.split(".")) :]
+    if not {"gate", "gating"}.isdisjoint(inside):
+        return True
+    if any("attn" in name or "attention" in name for name in inside):
+        return False
+    experts = {shape_of(p)[0] for p in model.get_submodule(block).parameters() if len(shape_of(p)) == 3}
+    beside = model.get_submodule(path.rpartition(".")[0]).children()
+    widths = {_sizes(other)[0] for other in beside if isinstance(other, (nn.Linear, Conv1D))}
+    outputs = _sizes(module)[1]
+    return outputs in experts and outputs not in widths and outputs / 2 not in widths
+
+
+def _makes_a_tensor(module: nn.Linear | Conv1D) -> bool:
+    """Found without numbers, for linear layers with a forward pass of an architecture's own: Phi-MoE's and Llama 4's
+    routers are such, and make tuples."""
+    if not type(module).__module__.startswith(("transformers.models", "transformers_modules")):
+        return True
+    like = copy.copy(module)
+    like._parameters = {
+        name: None if p is None else nn.Parameter(torch.empty(shape_of(p), device="meta"), requires_grad=False)
+        for name, p in module._parameters.items()
+    }
+    try:
+        return isinstance(like(torch.empty(1, 2, _sizes(module)[0], device="meta")), torch.Tensor)
+    except Exception:  # of any kind: it is the architecture's own code
+        return False
+
+
+@functools.cache
+def _weights_read(architecture: type[nn.Module]) -> frozenset[str]:
+    """Names of layers whose weight the code of a module reads by itself, in place of calling them: the kernels of
+    state-space mixers do. (BLOOM does, only where pretraining_tp asks for it.)"""
+    try:
+        code = inspect.getsource(architecture)
+    except (OSError, TypeError):  # made at run time
+        return frozenset()
+    if "pretraining_tp" in code:
+        return frozenset()
+    return frozenset(re.findall(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape))", code))
+
+
+def _sizes(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    """(inputs, outputs)"""
+    return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+
+
+def _as_peft_takes_them(model: nn.Module, linear: list[str], experts: list[str]) -> tuple[list[str], list[str]]:
+    """Paths of layers and of parameters, such that peft adapts these and no others.
+
+    Quantized weights cannot be added to, so that of what peft would rename those have no adapter.
+    """
+    renamed = _renamed_by_peft(model) & set(linear)
+    packed = sorted(path for path in renamed if quantized_inside(model.get_submodule(path)))
+    if packed:
+        logger.warning("no adapter on %d quantized layers beside experts: %s", len(packed), ", ".join(packed[:6]))
+    by_weight = [f"{path}.weight" for path in linear if path in renamed and path not in packed]
+    return [path for path in linear if path not in renamed], experts + by_weight
+
+
+def _renamed_by_peft(model: nn.Module) -> set[str]:
+    """Layers that peft takes for the experts of an older transformers by their names (gate_proj of a shared expert, or
+    of a dense layer between mixtures), whenever an adapter is made or loaded: these layers themselves get none."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    linear = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    # some placeholders make the set one that peft does not refuse as a half
+    names = {f"experts.{name}" for name in ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")}
+    config = LoraConfig(target_modules=linear | names)
+    convert_peft_config_for_transformers(config, model, None)
+    return linear - set(config.target_modules or ())
 
 
 def expert_parameters(model: nn.Module) -> list[str]:
     """Paths of the parameters that hold all experts of a layer, (experts, ., .) each; [] without a mixture."""
-    return [path for path, parameter in model.named_parameters() if "expert" in path and len(shape_of(parameter)) == 3]
+    return [
+        f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if len(shape_of(parameter)) == 3 and "expert" in f"{path}.{name} {type(module).__name__}".lower()
+    ]
 
 
 def _is_called(path: str, name: str) -> bool:
@@ -180,14 +375,13 @@ def _is_called(path: str, name: str) -> bool:
     return f".{path}".endswith(f".{name}") or f".{path.rpartition('.')[0]}".endswith(f".{name}")
 
 
-def _report_left_out(peft_model: nn.Module, wanted: set[str]) -> None:
-    """Of a mixture with dense layers, whose names peft takes for those of experts."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    base = peft_model.get_base_model()
-    left_out = wanted - {path for path, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
-    if left_out:
-        logger.warning("peft puts no adapter on %d dense layers: %s", len(left_out), ", ".join(sorted(left_out)[:6]))
+def _report_left_out(model: nn.Module) -> None:
+    """Say which linear layers `all` leaves out beside the head, and why."""
+    reasons: dict[str, list[str]] = {}
+    for path, why in left_out(model).items():
+        reasons.setdefault(why, []).append(path)
+    for why, paths in reasons.items():
+        logger.info("no adapter on %d layers, each %s: %s", len(paths), why, ", ".join(paths[:6]))
 
 
 def _check_experts(model: nn.Module, args: LoraArguments, experts: list[str]) -> None:
@@ -254,10 +448,10 @@ def embedding_names(model: PreTrainedModel) -> list[str]:
     return [path.rsplit(".", 1)[-1] for path, module in model.named_modules() if any(module is m for m in wanted)]
 
 
-def linear_names(model: nn.Module) -> list[str]:
-    """The names of the linear layers, each once: down_proj, gate_proj, ..."""
+def linear_names(model: nn.Module, but: Iterable[str] = ()) -> list[str]:
+    """The names of the linear layers, each once: down_proj, gate_proj, ...; `but` those with these paths alone."""
     layers = (path for path, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
-    return sorted({path.rpartition(".")[-1] for path in layers})
+    return sorted({path.rpartition(".")[-1] for path in layers if path not in but})
 
 
 def _require_modules(model: nn.Module, names: list[str], flag: str, linear_only: bool) -> None:
@@ -265,7 +459,7 @@ def _require_modules(model: nn.Module, names: list[str], flag: str, linear_only:
     paths = [path for path, module in model.named_modules() if isinstance(module, kinds)]
     missing = [name for name in names if not any(path == name or path.endswith("." + name) for path in paths)]
     if missing:
-        there = linear_names(model)
+        there = linear_names(model, but=left_out(model))
         if not linear_only:
             there = sorted({*there, *embedding_names(model)})
         wanted = "linear layer" if linear_only else "module"

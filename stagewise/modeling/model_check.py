@@ -1,7 +1,6 @@
 """Whether a run's settings fit its model, found on an empty copy of it: before data is read or weights are loaded."""
 
 import logging
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,14 @@ from stagewise.modeling.experts import find_router_loss
 from stagewise.modeling.liger import require_liger
 from stagewise.modeling.loading import check_single_score, is_reward_model, load_config, weights_dtype
 from stagewise.modeling.lora import embedding_names, expert_parameters
-from stagewise.modeling.model_files import ADAPTER_WEIGHTS, Shapes, same_weights, tensor_shapes, weight_shapes
+from stagewise.modeling.model_files import (
+    ADAPTER_WEIGHTS,
+    SCORE_HEADS,
+    Shapes,
+    same_weights,
+    tensor_shapes,
+    weight_shapes,
+)
 from stagewise.modeling.model_shape import adapter_base, empty_adapter, empty_model, saved_adapter
 from stagewise.modeling.rope_scaling import check_peft_path, check_rope
 from stagewise.modeling.s2_attention import enable_s2_attention
@@ -68,12 +74,15 @@ def check_model(
     _check_options(model_args, model, scores)
     if args.sp_size > 1:
         check_shards(model, args.sp_size, model_args)
-    trained = embedding_names(model)
+    matrices, trained = embedding_names(model), embedding_names(model)
+    tied = getattr(model.get_output_embeddings(), "weight", None) is model.get_input_embeddings().weight
     if lora_args.use_peft:
         model = empty_adapter(model, lora_args, scores, trains_new_tokens)
         _check_head(model, adapts_head)
         trained = model.peft_config["default"].modules_to_save or []
-    _check_vocabulary(model_args, config, tokenizer, model, trained)
+    covered = [name for name in matrices if name in trained]
+    if not covered or (not tied and len(covered) < len(matrices)):
+        _check_vocabulary(model_args, config, tokenizer, matrices, covered, trains_new_tokens)
     if lora_args.peft_path:
         check_fits(f"--peft_path {lora_args.peft_path}", lora_args.peft_path, model)
         _check_base(lora_args.peft_path, model_args)
@@ -187,21 +196,32 @@ def _check_vocabulary(
     model_args: ModelArguments,
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
-    model: Any,
-    trained: Iterable[str],
+    matrices: list[str],
+    covered: list[str],
+    trains_new_tokens: bool,
 ) -> None:
-    """Ids beyond the embedding get new rows, whose random numbers make sense only where they are trained."""
+    """Ids beyond the embedding get new rows, whose random numbers make sense only where they are trained: in the
+    embedding and, where it is a matrix of its own, in the head.
+
+    Args:
+        matrices: names of the two. covered: those that are trained, which are too few.
+    """
     rows = config.get_text_config().vocab_size
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
-    if len(tokenizer) <= rows or not set(trained).isdisjoint(embedding_names(base)):
-        return
-    name = model_args.tokenizer_name_or_path or model_args.model_name_or_path
-    flag = "--tokenizer_name_or_path" if model_args.tokenizer_name_or_path else "--model_name_or_path"
-    names = ",".join(embedding_names(base))
-    raise InputError(
-        f"{flag} {name}: the tokenizer has {len(tokenizer)} tokens, and the embedding of the model {rows} rows; give "
-        f"the model's own tokenizer, or train the new rows: --modules_to_save {names}"
-    )
+    names = ",".join(matrices)
+    random = ", ".join(name for name in matrices if name not in covered)
+    alone = f" ({', '.join(covered)} alone would leave those of {random} random)" if covered else ""
+    if len(tokenizer) > rows:
+        name = model_args.tokenizer_name_or_path or model_args.model_name_or_path
+        flag = "--tokenizer_name_or_path" if model_args.tokenizer_name_or_path else "--model_name_or_path"
+        raise InputError(
+            f"{flag} {name}: the tokenizer has {len(tokenizer)} tokens, and the embedding of the model {rows} rows; "
+            f"give the model's own tokenizer, or train the new rows: --modules_to_save {names}" + alone
+        )
+    if trains_new_tokens and covered:
+        raise InputError(
+            f"--add_template_tokens: the rows of the new tokens have to be trained; pass --modules_to_save {names}"
+            + alone
+        )
 
 
 def _check_base(adapter: str, model_args: ModelArguments) -> None:
@@ -262,6 +282,9 @@ def misfit(saved: Shapes, wanted: Shapes, compares_names: bool = True) -> str | 
     for name in sorted(saved.keys() ^ wanted.keys()) if compares_names else ():
         if "lora_" in name:
             return f"{_plain(name)} is only {'in the adapter' if name in saved else 'here'}"
+    for name in sorted(wanted.keys() - saved.keys()):
+        if not {*SCORE_HEADS}.isdisjoint(name.split(".")):
+            return f"{_plain(name)} is not in the adapter, and would be random"
     return None
 
 

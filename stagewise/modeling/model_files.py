@@ -1,13 +1,17 @@
 """What the folder of a model or an adapter holds, found out in seconds: its JSON and the headers of its weights."""
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from stagewise.errors import InputError
 from stagewise.modeling.untrusted import check_adapter_settings, check_links, check_shard_names, refuse_pickle
+
+logger = logging.getLogger(__name__)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -157,6 +161,65 @@ def _check_shards(flag: str, index: Path, allow_pickle: bool) -> None:
             raise InputError(
                 f"{flag} {path}: lacks {missing[0]}, which {index.name} says is there; copy both anew from one place"
             )
+
+
+# What programs write in front of the names of weights, and how the model itself is saved there.
+_WRAPPERS = {
+    "_orig_mod.": "torch.compile puts it there: save model._orig_mod",
+    "module.": "DistributedDataParallel and DeepSpeed put it there: save model.module",
+    "base_model.model.": "peft puts it there: save model.merge_and_unload()",
+}
+
+
+# What architectures call the layer that makes a score of a hidden state; peft trains and saves modules of these names.
+SCORE_HEADS = ("score", "classifier")
+# Heads over the vocabulary, which a reward model leaves behind.
+_HEADS = ("lm_head", "embed_out", "output_projection", "head", "decoder", "cls", "logits")
+
+
+def require_all_weights(what: str, model: Any, found: Mapping[str, Any], draws_head: bool = False) -> None:
+    """Hold what transformers found in a model's files against what the architecture is made of.
+
+    Args:
+        model: as from_pretrained gave it.
+        found: its output_loading_info; tied weights, and what the architecture lets be absent, are not missing there.
+        draws_head: the score head is new on purpose, or an adapter brings it.
+
+    Raises:
+        InputError: parameters are missing; they would be random.
+    """
+    parameters = {name for name, _ in model.named_parameters()}
+    new, old = (SCORE_HEADS, _HEADS) if draws_head else ((), ())
+    missing = {name for name in found["missing_keys"] if name in parameters and name.split(".")[0] not in new}
+    unexpected = {name for name in found["unexpected_keys"] if name.split(".")[0] not in old}
+    if not missing:
+        buffers = found["missing_keys"] - parameters
+        for problem, names in (("has no place for", unexpected), ("should find there, and starts anew", buffers)):
+            if names:
+                logger.warning("%s: %d tensors that the model %s: %s", what, len(names), problem, _few(names))
+        return
+    prefix = next((p for p in _WRAPPERS if any(name.startswith(p) or f".{p}" in name for name in unexpected)), None)
+    if draws_head and not any(name.startswith(f"{model.base_model_prefix}.") for name in missing):
+        advice = (
+            "a reward model of this architecture has new layers beside its score, which an adapter would not hold; "
+        )
+        advice += "choose a base of another architecture"
+    elif prefix is not None:
+        advice = f"the names in the files begin with {prefix}; {_WRAPPERS[prefix]}, or take {prefix} off the names"
+    elif unexpected:
+        advice = f"the files have {len(unexpected)} tensors that it has no place for ({_few(unexpected)}); take "
+        advice += "configuration and weights from the same model"
+    else:
+        advice = "the files are not whole; copy or download the model again"
+    raise InputError(
+        f"{what}: {len(missing)} of {len(parameters)} weights are missing, and would be random: {_few(missing)}; "
+        + advice
+    )
+
+
+def _few(names: Collection[str], most: int = 4) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
 
 
 def weight_shapes(flag: str, folder: Path) -> Shapes:

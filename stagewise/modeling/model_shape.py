@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from stagewise.arguments import LoraArguments
 from stagewise.errors import InputError
-from stagewise.modeling.lora import check_adapter, linear_names, lora_config
+from stagewise.modeling.lora import check_adapter, left_out, linear_names, lora_config, require_mergeable
 from stagewise.modeling.segments import obstacle
 from stagewise.modeling.token_loss import hidden_states_reproduce_logits
 
@@ -135,6 +135,7 @@ def empty_adapter(model: Any, lora_args: LoraArguments, scores: bool = False, tr
     task = "SEQ_CLS" if scores else "CAUSAL_LM"
     if lora_args.peft_path:
         check_adapter(lora_args.peft_path, task)
+        require_mergeable(lora_args.peft_path, model)
         return saved_adapter(model, "--peft_path", lora_args.peft_path)
     adapter = lora_config(model, lora_args, task, trains_new_tokens)
     return _put_on(model, adapter, f"--target_modules {lora_args.target_modules}: peft cannot adapt them all")
@@ -154,13 +155,13 @@ def saved_adapter(model: Any, flag: str, path: str) -> Any:
 def _put_on(model: Any, adapter: Any, what: str) -> Any:
     from peft import get_peft_model
 
+    there = ", ".join(linear_names(model, but=left_out(model)))  # before peft has put anything on some of them
     with torch.device("meta"), _without_zero_init(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of peft, which says it again when the model itself is made
         try:
             return get_peft_model(model, adapter)
         except ValueError as error:
             # peft's own words may name every layer of a large model
-            there = ", ".join(linear_names(model))
             raise InputError(f"{what}; the linear layers of {type(model).__name__} are {there}") from error
 
 

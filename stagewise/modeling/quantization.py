@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from stagewise.arguments import LoraArguments, ModelArguments
 from stagewise.distributed import uses_fsdp
 from stagewise.errors import InputError
+from stagewise.modeling.model_files import require_all_weights
 from stagewise.modeling.untrusted import unpickling_failed
 
 logger = logging.getLogger(__name__)
@@ -345,15 +346,18 @@ def load_trained_base(
     if quantization is not None:
         options = {"dtype": trained.dtype, **loading_options(config, quantization, device)}
     try:
-        model = auto_class.from_pretrained(
+        model, found = auto_class.from_pretrained(
             name,
             config=config,
             trust_remote_code=trust_remote_code,
             use_safetensors=None if allow_pickle else True,
+            output_loading_info=True,
             **options,
         )
     except UnpicklingError as error:
         raise unpickling_failed(name, error) from error
+    scores = type(model).__name__.endswith("ForSequenceClassification")
+    require_all_weights(name, model, found, draws_head=scores and adapter is not None)
     if quantization is None:
         return model
     if dtype != "auto":

@@ -19,8 +19,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from stagewise.errors import InputError, first_line
 from stagewise.modeling.actor_critic import POLICY, REWARD, ActorCritic
 from stagewise.modeling.generation import load_for_inference
-from stagewise.modeling.loading import SCORE_HEADS, is_reward_model, prepare_scoring
-from stagewise.modeling.model_files import check_adapter_files, check_model_files
+from stagewise.modeling.loading import is_reward_model, prepare_scoring
+from stagewise.modeling.model_files import SCORE_HEADS, check_adapter_files, check_model_files
 from stagewise.modeling.model_shape import adapter_base
 from stagewise.modeling.quantization import TrainedBase, quantization_of
 from stagewise.modeling.rope_scaling import config_of_adapter, max_positions

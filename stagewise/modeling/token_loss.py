@@ -161,14 +161,30 @@ def _decode(model, *args, **kwargs) -> ModelOutput:
     kwargs.pop("logits_to_keep", None)
     kwargs.pop("return_dict", None)
     kwargs.setdefault("use_cache", False)
-    return model.get_decoder()(*args, **kwargs)
+    return decoder_of(model)(*args, **kwargs)
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The part of a causal LM that makes hidden states of ids: all but the head.
+
+    transformers' get_decoder() is some architectures' whole model (Llama 4), or their head, which they call decoder
+    (ModernBERT); the decoder is then the part that holds the embedding.
+    """
+    embedding = model.get_input_embeddings()
+    found = model.get_decoder()
+    if found is not model and any(module is embedding for module in found.modules()):
+        return found
+    parts = (part for part in model.children() if any(module is embedding for module in part.modules()))
+    return next((part for part in parts if part is not embedding), model)
 
 
 def logit_transform(config) -> Callable[[Tensor], Tensor] | None:
     """What the architecture does to `head(hidden)` before the softmax, from the names that configurations use."""
     config = config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)  # gemma2
-    scale = getattr(config, "logit_scale", None)  # cohere: logits * scale
+    # of gemma2 and recurrent_gemma
+    cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    # of cohere and falcon_h1: logits * scale
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
     divisor = getattr(config, "logits_scaling", None)  # granite: logits / scaling
     if scale is None and divisor:
         scale = 1.0 / divisor
