@@ -21,7 +21,7 @@ from stagewise.arguments import LoraArguments, ModelArguments
 from stagewise.errors import InputError
 from stagewise.losses.logprobs import token_logprobs
 from stagewise.modeling.loading import load_causal_lm
-from stagewise.modeling.lora import attach_adapter
+from stagewise.modeling.lora import attach_adapter, train_language
 from stagewise.modeling.precision import Float32Linear
 from stagewise.modeling.quantization import Quantization
 from stagewise.modeling.randomness import turn_randomness_off
@@ -414,10 +414,12 @@ def load_actor_critic(
         return ActorCritic(policy, keeps_adapter=bool(lora_args.peft_path), temperature=temperature)
     logger.info("--use_peft False: policy, value model and reference are three models in memory")
     attach_adapter(policy, lora_args)
-    value_model = decoder_of(load_causal_lm(args, tokenizer, True, token_loss=False))
+    start = load_causal_lm(args, tokenizer, True, token_loss=False)
+    train_language(start)
+    value_model = decoder_of(start)
     turn_randomness_off(value_model)
     reference = load_causal_lm(args, tokenizer, True, token_loss=False).requires_grad_(False).eval()
-    return ActorCritic(policy, value_model.requires_grad_(True), reference, temperature=temperature)
+    return ActorCritic(policy, value_model, reference, temperature=temperature)
 
 
 def log_memory(actor: ActorCritic, scorer: object) -> None:

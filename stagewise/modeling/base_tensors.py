@@ -5,8 +5,9 @@ converts them when it loads a model; here its conversions are made for one param
 """
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +134,7 @@ class BaseTensors:
         for key, pattern in zip(group.keys, group.patterns, strict=True):
             assert pattern is not None
             converter.add_tensor(name, key, pattern, tensors[key])
-        made = converter.convert(name, model=self.model, config=self.model.config)
+        made = converter.convert(name, model=_Shapes(self.model, self.shapes), config=self.model.config)
         return {target: value[0] if isinstance(value, list) else value for target, value in made.items()}
 
     def _find_aliases(self) -> dict[str, str]:
@@ -242,9 +243,9 @@ class BaseTensors:
         group = self.groups[next(iter(values))]
         if group.converter is None:
             return {group.keys[0]: next(iter(values.values()))}
-        made = revert_weight_conversion(self.model, values)
-        wrong = {key: tuple(tensor.shape) for key, tensor in made.items()}
-        if wrong != {key: self.checkpoint.tensors[key].shape for key in group.keys}:
+        stored = {key: self.checkpoint.tensors[key].shape for key in group.keys}
+        made = revert_weight_conversion(_Shapes(self.model, {**self.shapes, **stored}), values)
+        if {key: tuple(tensor.shape) for key, tensor in made.items()} != stored:
             raise InputError(
                 f"{self.checkpoint.files[0].parent}: transformers cannot write {', '.join(values)} as they were read "
                 f"({group.keys[0]} and so on); save the base anew with this version of transformers"
@@ -260,6 +261,23 @@ class BaseTensors:
             by_name = name is not None and shape
             part = self.rows(str(name), start, stop, original) if by_name else self.checkpoint.read(key, start, stop)
             writer.put(key, part.to(dtype), start)
+
+
+class _Shapes:
+    """Stands for the model where transformers' conversions ask it for the shape that a tensor is to have.
+
+    The model itself has an adapter on, under whose layers its parameters have other names; and what is turned back is
+    to have the shape of the files, which for some architectures is that of the model or its transpose.
+    """
+
+    def __init__(self, model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]):
+        self._model, self._shapes = model, shapes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def get_parameter(self, name: str) -> Tensor:
+        return torch.empty(self._shapes[name], device="meta")
 
 
 def row_blocks(shape: Sequence[int]) -> Iterable[tuple[int, int]]:

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
@@ -20,6 +19,7 @@ from stagewise.errors import InputError, first_line
 from stagewise.modeling.loading import fit_embedding, is_reward_model, prepare_scoring
 from stagewise.modeling.model_check import check_adapter_on
 from stagewise.modeling.model_shape import adapter_base
+from stagewise.modeling.multimodal import adapted_config, generating_class
 from stagewise.modeling.quantization import is_quantized, load_trained_base
 from stagewise.modeling.rope_scaling import (
     AS_TRAINED,
@@ -100,8 +100,9 @@ def load_for_inference(
         if scores:
             config.num_labels = 1
         if adapter_path:
+            config = config if scores else adapted_config(config, adapter_path)
             check_adapter_on(flag, adapter_path, config, len(tokenizer), trust_remote_code)
-        auto_class = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+        auto_class = AutoModelForSequenceClassification if scores else generating_class(config)
         model = load_trained_base(
             auto_class, model_path, config, adapter_path, dtype, torch.device(device), trust_remote_code, allow_pickle
         )

@@ -12,7 +12,6 @@ from typing import Literal
 import torch
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
@@ -34,6 +33,7 @@ from stagewise.modeling.model_files import (
     read_json,
     require_all_weights,
 )
+from stagewise.modeling.multimodal import generating_class
 from stagewise.modeling.precision import multiply_in_float32, upcast_norms
 from stagewise.modeling.quantization import Quantization, loading_options, settle_quantized
 from stagewise.modeling.rope_scaling import (
@@ -135,7 +135,8 @@ def load_causal_lm(
         InputError: the model cannot be loaded, or float16 weights are to be trained.
     """
     dtype = weights_dtype(args, trains_all)
-    model = _build_model(AutoModelForCausalLM, args, load_config(args), dtype, quantization)
+    config = load_config(args)
+    model = _build_model(generating_class(config), args, config, dtype, quantization)
     _settle_positions(model, args)
     fit_embedding(model, tokenizer)
     router_loss = find_router_loss(model, args.router_aux_loss_coef)
@@ -356,7 +357,7 @@ def _build_model(
     if not args.model_name_or_path:
         return auto_class.from_config(config, dtype=torch.float32 if dtype == "auto" else dtype, **attention)
     device_map = _device_map(args.device_map)
-    quantized = loading_options(config, quantization, device_map)
+    quantized = loading_options(auto_class, config, quantization, device_map, args.trust_remote_code)
     model, found = _from_pretrained(
         auto_class.from_pretrained,
         args.model_name_or_path,

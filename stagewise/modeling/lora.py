@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from stagewise.arguments import LoraArguments
 from stagewise.errors import InputError
 from stagewise.modeling.model_files import ADAPTER_CONFIG, SCORE_HEADS, check_adapter_files, read_json
+from stagewise.modeling.multimodal import beside_language, is_beside
 from stagewise.modeling.precision import hold_in_float32
 from stagewise.modeling.quantization import TrainedBase, quantization_of, quantized_inside
 from stagewise.modeling.rope_scaling import check_peft_path
@@ -44,7 +45,9 @@ def attach_adapter(
             raise InputError(
                 "--peft_path: needs --use_peft True; to continue full training use --resume_from_checkpoint"
             )
-        model.requires_grad_(True)
+        frozen = train_language(model)
+        if frozen:
+            logger.info("not trained, as text does not come through them: %s", ", ".join(frozen))
         return model
 
     from peft import get_peft_model
@@ -69,6 +72,14 @@ def attach_adapter(
         "LoRA: %s of %s parameters are trained (%.2f%%)", f"{trainable:,}", f"{total:,}", 100 * trainable / total
     )
     return peft_model
+
+
+def train_language(model: PreTrainedModel) -> tuple[str, ...]:
+    """Every parameter is trained but those of `beside_language`, whose paths are given."""
+    beside = beside_language(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not is_beside(name, beside))
+    return beside
 
 
 def policy_adapter(model: PreTrainedModel, args: LoraArguments):
@@ -240,8 +251,7 @@ def left_out(model: nn.Module) -> dict[str, str]:
     found: dict[str, str] = {}
     weights: dict[int, list[str]] = {}
     blocks = {path.rsplit(".", 2)[0] for path in expert_parameters(model)}
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    language = _language_model(model)
+    beside = beside_language(model)
     for path, module in model.named_modules():
         if not isinstance(module, (nn.Linear, Conv1D)):
             continue
@@ -251,25 +261,12 @@ def left_out(model: nn.Module) -> dict[str, str]:
             found[path] = "is a router, and routers have no adapter"
         elif name in _weights_read(model.get_submodule(holder).__class__):
             found[path] = "is read by a kernel (of a state-space layer, say) that would pass by an adapter"
-        elif language is not None and module is not head and not path.startswith(language):
+        elif is_beside(path, beside):
             found[path] = "is not of the language model"
     for paths in weights.values():
         for path in paths if len(paths) > 1 else ():
             found.setdefault(path, f"shares its weight with {', '.join(other for other in paths if other != path)}")
     return found
-
-
-def _language_model(model: nn.Module) -> str | None:
-    """The path of the language model in one that also reads images or sounds, with a dot behind it; None elsewhere."""
-    config = getattr(model, "config", None)
-    if config is None or config.get_text_config() is config:
-        return None
-    embedding = model.get_input_embeddings()
-    text = type(config.get_text_config())
-    for path, module in model.named_modules():
-        if path and isinstance(getattr(module, "config", None), text) and embedding in module.modules():
-            return f"{path}."
-    return None
 
 
 def _is_router(model: nn.Module, path: str, module: nn.Module, blocks: set[str]) -> bool:
@@ -413,13 +410,16 @@ def modules_to_save(model: nn.Module, spec: str | None) -> list[str] | None:
 def trainable_params(model: nn.Module, spec: str | None) -> list[str]:
     """Names of the modules with parameters that have a part of `spec` in them: norm -> input_layernorm, norm, ..."""
     parts = [part.strip() for part in spec.split(",")] if spec else []
-    holders = (path for path, module in model.named_modules() if module._parameters)
+    beside = beside_language(model)
+    holders = [path for path, module in model.named_modules() if module._parameters and not is_beside(path, beside)]
     names = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in holders))
     missing = [part for part in parts if not any(part in name for name in names)]
     if missing:
         raise InputError(
             f"--trainable_params {spec}: no module has {', '.join(missing)} in its name; there is: {', '.join(names)}"
         )
+    if beside:  # peft goes by the ends of paths, and towers have norms as well
+        return [path for path in holders if any(part in path.rsplit(".", 1)[-1] for part in parts)]
     return [name for name in names if any(part in name for part in parts)]
 
 

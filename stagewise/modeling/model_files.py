@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"
 )  # fmt: skip
+# What travels with the weights beside configuration and tokenizer: code that auto_map names, how images and sounds are
+# read, and the terms.
+_COMPANIONS = ("*.py", "*processor_config.json", "chat_template.json", "LICENSE*", "NOTICE*")
 # Files that a tokenizer is made of, of any kind.
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken", "merges.txt")
 # What two files of weights are compared by: so many pieces, spread over the whole file.
@@ -39,6 +43,23 @@ def local_path(flag: str, name: str) -> Path | None:
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputError(f"{flag} {name}: no such folder; correct the path (a name on the hub is owner/model)")
     return None
+
+
+def copy_companions(flag: str, name: str, folder: Path) -> None:
+    """Copy what a model has beside weights, configuration and tokenizer, where `folder` has no file of that name.
+
+    name: a folder, or a name on the hub.
+    """
+    source = local_path(flag, name)
+    if source is None:
+        from huggingface_hub import snapshot_download
+
+        source = Path(snapshot_download(name, allow_patterns=list(_COMPANIONS), ignore_patterns=["*/*"]))
+    for pattern in _COMPANIONS:
+        check_links(f"{flag} {name}", source, pattern)
+        for path in sorted(source.glob(pattern)):
+            if path.is_file() and not (folder / path.name).exists():
+                shutil.copy2(path, folder)
 
 
 def check_model_files(flag: str, name: str, takes_adapter: bool = False, allow_pickle: bool = False) -> None:

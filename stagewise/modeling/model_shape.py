@@ -11,12 +11,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import AutoModelForSequenceClassification, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from stagewise.arguments import LoraArguments
 from stagewise.errors import InputError
-from stagewise.modeling.lora import check_adapter, left_out, linear_names, lora_config, require_mergeable
+from stagewise.modeling.lora import (
+    check_adapter,
+    left_out,
+    linear_names,
+    lora_config,
+    require_mergeable,
+    train_language,
+)
+from stagewise.modeling.multimodal import generating_class
 from stagewise.modeling.segments import obstacle
 from stagewise.modeling.token_loss import hidden_states_reproduce_logits
 
@@ -95,6 +103,7 @@ def read_shape(
         InputError: the adapter's targets are not in the model, or --peft_path is no adapter for this kind of model.
     """
     model = empty_model(config, vocab_size, scores, trust_remote_code)
+    train_language(model)
     base = _base_shape(model)
     if not lora_args.use_peft:
         return base
@@ -116,7 +125,7 @@ def empty_model(
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.vocab_size = max(text.vocab_size, vocab_size or 0)
-    auto_class = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    auto_class = AutoModelForSequenceClassification if scores else generating_class(config)
     if scores:
         config.num_labels = 1
     if hasattr(config, "quantization_config"):  # a saved quantized checkpoint: its layers are counted as they are used
@@ -179,7 +188,8 @@ def _without_zero_init() -> Iterator[None]:
 
 
 def _base_shape(model: Any) -> ModelShape:
-    """All weights trained."""
+    """Without an adapter: what requires gradients is trained."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     config = model.config.get_text_config()
     stack = _layers(model, config.num_hidden_layers)
     head = model.get_output_embeddings()
@@ -199,11 +209,11 @@ def _base_shape(model: Any) -> ModelShape:
         linear=sum(module.weight.numel() for module in linears),
         linear_rows=sum(_sizes(module)[1] for module in linears),
         largest_layer=max(_count(module.parameters(recurse=False)) for module in model.modules()),
-        trainable=_count(model.parameters()),
+        trainable=_count(trained),
         adapter=0,
-        trainable_embedding=_count(_embeddings(model)),
+        trainable_embedding=_count(weight for weight in _embeddings(model) if weight.requires_grad),
         trainable_head=head.weight.numel() if head is not None else 0,
-        factored=_factored(model.parameters()),
+        factored=_factored(trained),
         layers=len(stack),
         hidden=config.hidden_size,
         heads=config.num_attention_heads,

@@ -22,11 +22,13 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
 
 from stagewise.arguments import LoraArguments, ModelArguments
 from stagewise.distributed import uses_fsdp
 from stagewise.errors import InputError
 from stagewise.modeling.model_files import require_all_weights
+from stagewise.modeling.multimodal import beside_language
 from stagewise.modeling.untrusted import unpickling_failed
 
 logger = logging.getLogger(__name__)
@@ -62,12 +64,22 @@ class Quantization:
             return None
         return cls(4, values.get("bnb_4bit_quant_type", "fp4"), bool(values.get("bnb_4bit_use_double_quant")))
 
-    def config(self) -> BitsAndBytesConfig:
-        """For from_pretrained. The compute dtype is set by settle_quantized, which knows that of the other weights."""
+    def config(self, model: PreTrainedModel) -> BitsAndBytesConfig:
+        """For from_pretrained. The compute dtype is set by settle_quantized, which knows that of the other weights.
+
+        Args:
+            model: of the same architecture, on any device. Towers beside its language model are not quantized: nothing
+                runs them, and a merge gives them back as they were.
+        """
+        beside = beside_language(model)
+        skipped = [*get_keys_to_not_convert(model), *beside] if beside else None
         if self.bits == 8:
-            return BitsAndBytesConfig(load_in_8bit=True)
+            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
         return BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type=self.quant_type, bnb_4bit_use_double_quant=self.double_quant
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.quant_type,
+            bnb_4bit_use_double_quant=self.double_quant,
+            llm_int8_skip_modules=skipped,
         )
 
     def same_weights(self, other: "Quantization | None") -> bool:
@@ -177,7 +189,11 @@ def require_bitsandbytes(source: str) -> None:
 
 
 def loading_options(
-    config: PretrainedConfig, quantization: Quantization | None, device_map: str | torch.device | None
+    auto_class: Any,
+    config: PretrainedConfig,
+    quantization: Quantization | None,
+    device_map: str | torch.device | None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """What from_pretrained needs beside its usual arguments; {} for a base that is not quantized.
 
@@ -193,7 +209,9 @@ def loading_options(
         device_map = PartialState().device
     options: dict[str, Any] = {"device_map": device_map if isinstance(device_map, str) else {"": device_map}}
     if saved is None and quantization is not None:
-        options["quantization_config"] = quantization.config()
+        with torch.device("meta"):
+            model = auto_class.from_config(config, trust_remote_code=trust_remote_code)
+        options["quantization_config"] = quantization.config(model)
     return options
 
 
@@ -344,7 +362,10 @@ def load_trained_base(
     quantization = trained_quantization(name, getattr(config, "quantization_config", None), adapter)
     options: dict[str, Any] = {"dtype": dtype}
     if quantization is not None:
-        options = {"dtype": trained.dtype, **loading_options(config, quantization, device)}
+        options = {
+            "dtype": trained.dtype,
+            **loading_options(auto_class, config, quantization, device, trust_remote_code),
+        }
     try:
         model, found = auto_class.from_pretrained(
             name,
@@ -415,7 +436,7 @@ class QuantizedTwin:
         from transformers.quantizers import AutoHfQuantizer
 
         self.model, self.bits, self.is_stored = model, quantization.bits, saved is not None
-        config = BitsAndBytesConfig.from_dict(saved) if saved else quantization.config()
+        config = BitsAndBytesConfig.from_dict(saved) if saved else quantization.config(model)
         self._quantizer = AutoHfQuantizer.from_config(config, pre_quantized=self.is_stored)
         self._quantizer.preprocess_model(model=model, device_map={"": "cpu"}, dtype=torch.float32)
         model.eval()  # in training, on the CPU, 8-bit layers do not round their inputs

@@ -169,7 +169,7 @@ class StreamedMerge:
     def layout(self, keeps_unknown: bool = True) -> list[Layout]:
         """The files to write: those of the base, without what nothing reads; what is new comes last.
 
-        keeps_unknown: tensors that are nothing to the model travel all the same.
+        keeps_unknown: tensors that are nothing to the model travel all the same, as they are.
         """
         checkpoint = self.tensors.checkpoint
         files: dict[Any, Layout] = {path: {} for path in checkpoint.files}
@@ -182,9 +182,7 @@ class StreamedMerge:
                 shape = stored.shape if group.converter else self._shape(name)
                 files[stored.file][key] = (self._saved_dtype(name) if name in self._part_of else stored.dtype, shape)
             elif keeps_unknown and key in self.tensors.unknown:
-                dtype = checkpoint.dtype(key)
-                cast = self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
-                files[stored.file][key] = (cast, stored.shape)
+                files[stored.file][key] = (stored.dtype, stored.shape)
         last = files[checkpoint.files[-1]]
         for name in self._part_of:
             if name not in self.tensors.groups and (name in self.untied or not self.tensors.holds(name)):
@@ -543,9 +541,7 @@ class StreamedMerge:
     def _copy_unknown(self) -> None:
         for key in self.writer.places:
             if not self.writer.is_whole(key) and key in self.tensors.unknown:
-                dtype = self.tensors.checkpoint.dtype(key)
-                cast = self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
-                self.tensors.copy(key, self.writer, cast)
+                self.tensors.copy(key, self.writer, self.tensors.checkpoint.dtype(key))
 
     # Embedding and head, which have a block's weights alone: never whole, where the adapter leaves them be.
 

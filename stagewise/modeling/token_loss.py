@@ -84,7 +84,8 @@ def install_token_loss(model: nn.Module, label_smoothing: float = 0.0, router_lo
             hidden = outputs.last_hidden_state[trained]
             loss, nll = _head_loss(self, hidden, targets, weights, transform, label_smoothing)
         else:
-            outputs = original(*args, **kwargs)
+            # with a cache, which many make by themselves, transformers looks for no packed documents
+            outputs = original(*args, **{"use_cache": False, **kwargs})
             logits = outputs.logits[trained]
             loss, nll = head_cross_entropy(logits, lambda z: z, targets, weights, logits.shape[-1], label_smoothing)
         balance = None
@@ -170,12 +171,17 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
     transformers' get_decoder() is some architectures' whole model (Llama 4), or their head, which they call decoder
     (ModernBERT); the decoder is then the part that holds the embedding.
     """
-    embedding = model.get_input_embeddings()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+
+    def holds(part: nn.Module, wanted: nn.Module) -> bool:
+        return any(module is wanted for module in part.modules())
+
     found = model.get_decoder()
-    if found is not model and any(module is embedding for module in found.modules()):
+    if found is not model and holds(found, embedding) and (head is embedding or not holds(found, head)):
         return found
-    parts = (part for part in model.children() if any(module is embedding for module in part.modules()))
-    return next((part for part in parts if part is not embedding), model)
+    part = next((part for part in model.children() if part is not embedding and holds(part, embedding)), model)
+    # a language model with its head, in one that also reads images
+    return decoder_of(part) if part is not model and isinstance(part, PreTrainedModel) and holds(part, head) else part
 
 
 def logit_transform(config) -> Callable[[Tensor], Tensor] | None:

@@ -17,12 +17,13 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 
 from stagewise.checkpoint_files import move_into, saving
 from stagewise.distributed import groups_of_rows, uses_fsdp
-from stagewise.errors import InputError, TrainingDiverged
+from stagewise.errors import InputError, TrainingDiverged, first_line
 from stagewise.machines import agree, look
 from stagewise.modeling.attention import check_kernel
 from stagewise.modeling.experts import every_pass_trains_all
 from stagewise.modeling.generation import generating_base, save_end
 from stagewise.modeling.liger import liger_config
+from stagewise.modeling.model_files import copy_companions
 from stagewise.modeling.quantization import Quantization
 from stagewise.modeling.rope_scaling import rope_setting
 from stagewise.run import lineage
@@ -299,6 +300,8 @@ def train_and_save(
             check_saved(partial)
             (partial / CARD).unlink(missing_ok=True)  # peft's; ours comes with the figures of the run
             _describe(trainer, stage_fields, partial)
+            if not stage_fields["adapter"]:
+                _copy_companions(str(stage_fields["base_model"]), partial)
         trainer.args.machines.mirror(partial, trainer.args.device)
         if trainer.args.machines.keeps:
             add_to_list(output, [path.name for path in partial.iterdir()])
@@ -313,6 +316,14 @@ def _describe(trainer: Trainer, stage_fields: Mapping[str, object], folder: Path
     base = generating_base(trainer.model)
     if stage_fields["adapter"] and base is not None:
         save_end(base, folder)
+
+
+def _copy_companions(base_model: str, folder: Path) -> None:
+    """What reads images for a model, say; its weights are worth more than that, whatever is wrong with these files."""
+    try:
+        copy_companions("--model_name_or_path", base_model, folder)
+    except (InputError, OSError) as error:
+        logger.warning("what %s has beside its weights is not copied: %s", base_model, first_line(error))
 
 
 def _with_way_back(error: TrainingDiverged, output_dir: str) -> TrainingDiverged:

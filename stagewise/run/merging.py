@@ -25,8 +25,9 @@ from stagewise.modeling.base_tensors import BaseTensors
 from stagewise.modeling.generation import GENERATION_CONFIG
 from stagewise.modeling.loading import is_reward_model, prepare_scoring
 from stagewise.modeling.model_check import check_fits
-from stagewise.modeling.model_files import local_path, read_json
+from stagewise.modeling.model_files import copy_companions, local_path, read_json
 from stagewise.modeling.model_shape import empty_model, saved_adapter
+from stagewise.modeling.multimodal import adapted_config
 from stagewise.modeling.quantization import Quantization, QuantizedTwin, TrainedBase, trained_quantization
 from stagewise.modeling.rope_scaling import config_of_adapter
 from stagewise.modeling.streamed_merge import (
@@ -40,7 +41,7 @@ from stagewise.modeling.streamed_merge import (
     read_adapter,
 )
 from stagewise.modeling.tensor_files import Layout, Writer, open_checkpoint, split_layout
-from stagewise.modeling.untrusted import check_links, read_config, unpickling_failed
+from stagewise.modeling.untrusted import read_config, unpickling_failed
 from stagewise.run import lineage
 from stagewise.run.own_files import LIST, add_to_list, check_replaceable, clear
 from stagewise.run.preflight import check_apart
@@ -60,8 +61,6 @@ NEAR_TIE = 0.05
 PROOF_ROWS, PROOF_TOKENS = 11, 4
 # Files of weights are not larger, where a quantized base becomes a plain one.
 DEFAULT_SHARD = "5GB"
-# What travels with the weights beside configuration and tokenizer: code that auto_map names, and how images are read.
-COPIED = ("*.py", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 # Short texts of several kinds; what they say does not matter, both models get the same ids.
 PROMPTS = (
     "The heart pumps blood through the body.",
@@ -186,11 +185,12 @@ def open_merge(
         if isinstance(error, InputError):
             raise
         raise InputError(f"--base_model {base_model}: {error}") from error
-    model = _empty_base(config, tokenizer, scores, trust_remote_code)
+    of_model = config if scores else adapted_config(config, lora_model)
+    model = _empty_base(of_model, tokenizer, scores, trust_remote_code)
     twin, seen = None, None
     if trained is not None:
         logger.info("the adapter was trained on %s weights: %s", trained, _WHICH[onto])
-        copy_of_it = empty_model(config, len(tokenizer), scores, trust_remote_code)
+        copy_of_it = empty_model(of_model, len(tokenizer), scores, trust_remote_code)
         twin = QuantizedTwin(copy_of_it, trained, _as_dict(saved))
         seen = TrainedBase.of(lora_model).dtype
     seen_dtype = None if seen in (None, "auto") or saved else named_dtype(seen)
@@ -220,7 +220,9 @@ def base_folder(base_model: str, allow_pickle: bool = False) -> Path:
         return path
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "*.py", "*.jinja"] + (["*.bin"] if allow_pickle else [])
+    patterns = ["*.safetensors", "*.json", "*.py", "*.jinja", "LICENSE*", "NOTICE*"] + (
+        ["*.bin"] if allow_pickle else []
+    )
     return Path(snapshot_download(base_model, allow_patterns=patterns, ignore_patterns=["*/*"]))
 
 
@@ -429,11 +431,7 @@ def _save_settings(found: Merge, tokenizer, adapter: Path, folder: Path) -> None
         _settle_end(found, tokenizer, adapter, folder / GENERATION_CONFIG)
     found.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    for pattern in COPIED:
-        check_links(f"--base_model {found.folder}", found.folder, pattern)
-        for source in found.folder.glob(pattern):
-            if not (folder / source.name).exists():
-                shutil.copy2(source, folder)
+    copy_companions("--base_model", str(found.folder), folder)
 
 
 def _settle_end(found: Merge, tokenizer, adapter: Path, target: Path) -> None:

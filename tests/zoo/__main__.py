@@ -18,7 +18,7 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from tests.zoo.measure import COLUMNS, WORKS, measure
-from tests.zoo.models import ARCHITECTURES, habit_of
+from tests.zoo.models import ARCHITECTURES, SHELLS, habit_of
 
 _HEAD = """\
 # Models
@@ -44,7 +44,9 @@ A number is the message under the table that refuses the run; MODEL, N% and KERN
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=[*ARCHITECTURES], default=[*ARCHITECTURES], metavar="NAME")
+    parser.add_argument(
+        "--models", nargs="+", choices=[*ARCHITECTURES, *SHELLS], default=[*ARCHITECTURES, *SHELLS], metavar="NAME"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with models of its own")
     args = parser.parse_args()
     with get_context("spawn").Pool(args.jobs, maxtasksperchild=8) as pool:

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, PreTrainedModel
 
 from stagewise.errors import InputError, TrainingDiverged
 from tests.zoo.models import save_model
@@ -91,13 +93,26 @@ def _merge(bench: Bench) -> None:
     )
     ids = torch.arange(5, 29)[None]
     with torch.no_grad():
-        base = AutoModelForCausalLM.from_pretrained(bench.model)
+        base = _plain(bench.model)
         before = base(input_ids=ids).logits
         wanted = PeftModel.from_pretrained(base, str(adapter)).eval()(input_ids=ids).logits
-        found = AutoModelForCausalLM.from_pretrained(merged).eval()(input_ids=ids).logits
+        found = _plain(merged)(input_ids=ids).logits
     effect, difference = ((wanted - other).abs().max().item() for other in (before, found))
     if not difference < 1e-2 * effect:
         raise Wrong(f"merged and base + adapter differ by {difference:.1e}, the adapter's effect is {effect:.1e}")
+
+    before, after = (load_file(path / "model.safetensors") for path in (bench.model, merged))
+    if before.keys() != after.keys():
+        raise Wrong(f"tensors that only one of base and merged has: {sorted(before.keys() ^ after.keys())[:4]}")
+    towers = [name for name in before if "vision" in name or "visual" in name or "audio" in name]
+    if changed := [name for name in towers if not torch.equal(before[name], after[name])]:
+        raise Wrong(f"changed in the merge: {changed[:4]}")
+
+
+def _plain(folder: Path) -> PreTrainedModel:
+    """By the architecture that its configuration names, as a reader without this toolkit would."""
+    (name,) = json.loads((folder / "config.json").read_text())["architectures"]
+    return getattr(transformers, name).from_pretrained(folder).eval()
 
 
 def full_and_stop(bench: Bench) -> dict[str, str]:
@@ -111,7 +126,7 @@ def full_and_stop(bench: Bench) -> dict[str, str]:
 
 def _generate(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = _plain(folder)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": _QUESTION}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )

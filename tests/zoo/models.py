@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
 
 from tests.zoo.tokenizers import tiny_tokenizer
 
@@ -157,6 +157,51 @@ ARCHITECTURES: dict[str, dict] = {
     "recurrent_gemma": {"attention_window_size": 12, "block_types": ["recurrent", "attention"], "head_dim": 8},
     "rwkv": {"attention_hidden_size": 32, "context_length": 256},
 }  # fmt: skip
+_VIT = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32,
+    "patch_size": 8,
+}  # fmt: skip
+_SIGLIP = {"model_type": "siglip_vision_model", **_VIT}
+_QWEN_VIT = {
+    "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32, "patch_size": 8
+}  # fmt: skip
+_MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
+# Language models with towers for images or sounds: what the text model is of ARCHITECTURES, or needs beside the sizes,
+# and the rest of the configuration.
+SHELLS: dict[str, tuple[str | dict, dict]] = {
+    "gemma3": ("gemma3_text", {"vision_config": _VIT, "mm_tokens_per_image": 4}),
+    "gemma4": ("gemma4_text", {
+        "vision_config": {**_VIT, "head_dim": 8, "global_head_dim": 8, "num_key_value_heads": 4}, "audio_config": None
+    }),
+    "qwen2_vl": (_MROPE, {"vision_config": {
+        "depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 8
+    }}),
+    "qwen2_5_vl": (_MROPE, {"vision_config": {**_QWEN_VIT, "fullatt_block_indexes": [1]}}),
+    "qwen3_vl": ({"head_dim": 8, **_MROPE}, {"vision_config": {**_QWEN_VIT, "deepstack_visual_indexes": [0]}}),
+    "qwen3_vl_moe": (
+        {"head_dim": 8, **_MROPE, **_EXPERTS}, {"vision_config": {**_QWEN_VIT, "deepstack_visual_indexes": [0]}}
+    ),
+    "qwen3_5": ("qwen3_5_text", {"vision_config": _QWEN_VIT}),
+    "llava": ("llama", {"vision_config": {"model_type": "clip_vision_model", **_VIT}}),
+    "llava_onevision": ("qwen2", {"vision_config": _SIGLIP}),
+    "mistral3": ("mistral", {"vision_config": {"model_type": "pixtral", **_VIT}}),
+    "internvl": ("qwen2", {"vision_config": {**_VIT, "image_size": [32, 32], "patch_size": [8, 8]}}),
+    "llama4": ("llama4_text", {"vision_config": {
+        **_VIT, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32
+    }}),
+    "mllama": ({"cross_attention_layers": [1], "num_hidden_layers": 3}, {"vision_config": {
+        **_VIT, "num_global_layers": 1, "intermediate_layers_indices": [0], "vision_output_dim": 64,
+        "attention_heads": 4,
+    }}),
+    "smolvlm": ("llama", {"vision_config": _VIT}),
+    "paligemma": ("gemma", {"vision_config": {**_SIGLIP, "projection_dim": 32}, "projection_dim": 32}),
+    "glm4v": (_MROPE, {"vision_config": {**_QWEN_VIT, "num_hidden_layers": 2}}),
+    "aya_vision": ("cohere2", {"vision_config": _SIGLIP}),
+    "lfm2_vl": ("lfm2", {"vision_config": {**_VIT, "model_type": "siglip2_vision_model"}}),
+    "qwen2_audio": ("qwen2", {"audio_config": {
+        "d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48
+    }}),
+}  # fmt: skip
 
 # The habits of their tokenizers, see tests/zoo/tokenizers.py; of the others, byte-level without any.
 _HABITS = {
@@ -173,7 +218,8 @@ _HABITS = {
 
 def habit_of(name: str) -> str:
     """Of the tokenizer that models of this architecture come with."""
-    return next((habit for habit, names in _HABITS.items() if name.split()[0] in names), "byte-level")
+    text = SHELLS[name][0] if name in SHELLS else name.split()[0]
+    return next((habit for habit, names in _HABITS.items() if text in names), "byte-level")
 
 
 def save_model(name: str, folder: Path) -> Path:
@@ -190,11 +236,18 @@ def save_model(name: str, folder: Path) -> Path:
 
 
 def tiny_config(name: str, **changes):
-    """The configuration of an architecture of the table, and of no other model's sizes."""
-    return AutoConfig.for_model(name.split()[0], **{**SIZES, **ARCHITECTURES[name], **changes})
+    """The configuration of a name of ARCHITECTURES or SHELLS, and of no other model's sizes."""
+    if name in ARCHITECTURES:
+        return AutoConfig.for_model(name.split()[0], **{**SIZES, **ARCHITECTURES[name], **changes})
+    text, rest = SHELLS[name]
+    own = {"model_type": text, **ARCHITECTURES[text]} if isinstance(text, str) else text
+    ids = {key: value for key, value in changes.items() if key.endswith("_token_id")}
+    return AutoConfig.for_model(name, text_config={**SIZES, **own, **changes}, **rest, **ids)
 
 
 def tiny_model(name: str, **changes) -> PreTrainedModel:
-    """A random model of an architecture of the table, always the same."""
+    """A random model of a name of ARCHITECTURES or SHELLS, always the same."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(tiny_config(name, **changes))
+    config = tiny_config(name, **changes)
+    auto_class = AutoModelForMultimodalLM if name in SHELLS else AutoModelForCausalLM
+    return auto_class.from_config(config)
