@@ -58,6 +58,10 @@ TRICKS = {
     "pickle": (pickled_adapter, "the weights are pickled \\(adapter_model.bin\\).*--allow_pickle True"),
     "link": (link_out, "adapter_model.safetensors is a link to .*secret.safetensors, outside of it"),
     "imports": (entry("auto_mapping", {"parent_library": "os"}), "auto_mapping in adapter_config.json names Python"),
+    "imports by a name like it": (
+        entry("auto_mapping", {"parent_library": "transformers_models.x"}),
+        "auto_mapping in adapter_config.json names",
+    ),
     "megatron": (entry("megatron_config", {"a": 1}), "megatron_config in adapter_config.json has Python modules"),
     "unpickles": (entry("corda_config", {"cache_file": "/tmp/x"}), "corda_config in adapter_config.json names files"),
 }

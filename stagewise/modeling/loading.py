@@ -30,6 +30,7 @@ from stagewise.modeling.model_files import (
     check_config_file,
     check_tokenizer_files,
     local_path,
+    name_passed_over,
     read_json,
     require_all_weights,
 )
@@ -137,6 +138,8 @@ def load_causal_lm(
     dtype = weights_dtype(args, trains_all)
     config = load_config(args)
     model = _build_model(generating_class(config), args, config, dtype, quantization)
+    if trains_all and args.model_name_or_path:
+        name_passed_over("--model_name_or_path", args.model_name_or_path, model)
     _settle_positions(model, args)
     fit_embedding(model, tokenizer)
     router_loss = find_router_loss(model, args.router_aux_loss_coef)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -236,6 +237,22 @@ def require_all_weights(what: str, model: Any, found: Mapping[str, Any], draws_h
         f"{what}: {len(missing)} of {len(parameters)} weights are missing, and would be random: {_few(missing)}; "
         + advice
     )
+
+
+def name_passed_over(flag: str, name: str, model: Any) -> None:
+    """Say which tensors of a model's folder the architecture passes over in silence, such as layers that predict
+    several tokens at once (mtp): what is saved of a model that is trained whole lacks them.
+    """
+    folder = local_path(flag, name)
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    stored = weight_shapes(flag, folder) if folder is not None and patterns else ()
+    own = {*model.state_dict()}
+    passed = [name for name in stored if name not in own and any(re.search(pattern, name) for pattern in patterns)]
+    if passed:
+        logger.warning(
+            "%s %s: %d tensors that %s has no use for are not trained, and will not be in what is saved: %s",
+            flag, name, len(passed), type(model).__name__, _few(passed),
+        )  # fmt: skip
 
 
 def _few(names: Collection[str], most: int = 4) -> str:

@@ -46,8 +46,14 @@ def check_adapter_settings(what: str, settings: Mapping[str, Any]) -> None:
         InputError: an entry that would have a library import a module or read another file.
     """
     for name, does in _REACHING_OUT.items():
-        if settings.get(name):
+        # peft writes transformers' own class there, of an adapter without a task_type
+        if settings.get(name) and not (name == "auto_mapping" and _is_transformers(settings[name])):
             raise InputError(f"{what}: {name} in adapter_config.json {does}; remove it if you know the adapter")
+
+
+def _is_transformers(mapping: Any) -> bool:
+    module = mapping.get("parent_library") if isinstance(mapping, dict) else None
+    return isinstance(module, str) and module.startswith("transformers.models.")
 
 
 def check_named_base(what: str, base: Any, trust_remote_code: bool = False) -> None:
