@@ -578,7 +578,8 @@ def test_quantization_counts_whether_flags_or_the_checkpoint_ask_for_it(
     assert (plan.setup.bits, plan.setup.double_quant) == expected
     if flags:  # saved in such weights, no flag is needed
         quantization = asked_for(plan.model_args)
-        model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=quantization.config(shell))
+        settings = quantization.config(AutoModelForCausalLM.from_pretrained(tiny_model_dir))
+        model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=settings)
         model.save_pretrained(tmp_path / "saved")
         AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "saved")
         run_sft(str(tmp_path / "saved"), sft_file, tmp_path / "out", "--dry_run", "True")

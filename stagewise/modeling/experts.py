@@ -60,13 +60,12 @@ def find_router_loss(model: PreTrainedModel, coefficient: float | None) -> Route
 def every_pass_trains_all(model: nn.Module) -> bool:
     """Whether each backward pass reaches everything that is trained, as DistributedDataParallel needs to know.
 
-    It does not where tokens are sent to some experts, layers are left out at random (OPT's layerdrop), or a part of
-    the model reads what rows of text do not have.
+    It does not where tokens are sent to some experts, or layers are left out at random (OPT's layerdrop). Of what rows
+    of text do not come through nothing is trained (see stagewise.modeling.multimodal).
     """
-    config = model.config
     trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
     has_experts = any("expert" in name for name in trained)
-    return not has_experts and not getattr(config, "layerdrop", 0) and config.get_text_config() is config
+    return not has_experts and not getattr(model.config, "layerdrop", 0)
 
 
 def gather_experts_together(model: nn.Module) -> None:
