@@ -34,7 +34,7 @@ from stagewise.modeling.model_files import (
     read_json,
     require_all_weights,
 )
-from stagewise.modeling.precision import multiply_in_float32, upcast_norms
+from stagewise.modeling.precision import keep_padding_off_zero, multiply_in_float32, upcast_norms
 from stagewise.modeling.quantization import Quantization, loading_options, settle_quantized
 from stagewise.modeling.rope_scaling import (
     check_rope,
@@ -138,6 +138,7 @@ def load_causal_lm(
     model = _build_model(AutoModelForCausalLM, args, load_config(args), dtype, quantization)
     _settle_positions(model, args)
     fit_embedding(model, tokenizer)
+    keep_padding_off_zero(model)
     router_loss = find_router_loss(model, args.router_aux_loss_coef)
     if token_loss and not install_token_loss(model, label_smoothing, router_loss):
         logger.warning(
