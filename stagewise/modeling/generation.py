@@ -29,6 +29,7 @@ from stagewise.modeling.rope_scaling import (
     max_positions,
 )
 from stagewise.modeling.untrusted import read_config
+from stagewise.modeling.weight_check import check_weights
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -101,6 +102,7 @@ def load_for_inference(
             config.num_labels = 1
         if adapter_path:
             check_adapter_on(flag, adapter_path, config, len(tokenizer), trust_remote_code)
+        check_weights(model_path, model_path, config, scores, scores and adapter_path is not None, trust_remote_code)
         auto_class = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
         model = load_trained_base(
             auto_class, model_path, config, adapter_path, dtype, torch.device(device), trust_remote_code, allow_pickle

@@ -47,6 +47,7 @@ from stagewise.modeling.rope_scaling import (
 from stagewise.modeling.sharded import is_sharded, shape_of, whole
 from stagewise.modeling.token_loss import install_token_loss
 from stagewise.modeling.untrusted import read_config, unpickling_failed
+from stagewise.modeling.weight_check import check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -171,10 +172,11 @@ def load_reference(
 
 
 def check_reference(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, other: str | None) -> None:
-    """Hold --ref_model_name_or_path against the policy, going by its configuration.
+    """Hold --ref_model_name_or_path against the policy, going by its configuration and the headers of its files.
 
     Raises:
-        InputError: it does not know all tokens of the policy, or its positions do not hold the policy's rows.
+        InputError: it does not know all tokens of the policy, its positions do not hold the policy's rows, or weights
+            are missing.
     """
     if other is None:
         return
@@ -191,6 +193,7 @@ def check_reference(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, ot
             f"--ref_model_name_or_path {other}: was made for {positions} positions, and rows have up to {rows} "
             "tokens; lower --model_max_length"
         )
+    check_weights(f"--ref_model_name_or_path {other}", other, config, trust_remote_code=args.trust_remote_code)
 
 
 def load_reward_model(
