@@ -78,13 +78,25 @@ def test_parquet_and_gzip_are_known_by_their_first_bytes(tmp_path):
     assert [row.value for row in iter_rows(tmp_path / "rows.json")] == ROWS
     (tmp_path / "corpus.txt").write_bytes(gzip.compress(b"One.\n\nTwo.\n"))
     assert [row.value for row in iter_rows(tmp_path / "corpus.txt")] == [{"text": "One."}, {"text": "Two."}]
+    (tmp_path / "unpacked.jsonl.gz").write_text(SHAPES["lines"], encoding="utf-8")
+    assert [row.value for row in iter_rows(tmp_path / "unpacked.jsonl.gz")] == ROWS
 
 
-@pytest.mark.parametrize("magic", [b"PK\x03\x04", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\x00", b"BZh91AY", b"ARROW1\0\0"])
+@pytest.mark.parametrize(
+    "magic", [b"PK\x03\x04", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\x00", b"BZh91AY", b"ARROW1\0\0", b"7z\xbc\xaf\x27\x1c"]
+)
 def test_other_archives_are_named_whatever_their_name(magic, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(magic + bytes(100))
     with pytest.raises(InputError, match="rows.jsonl: .*whatever its name says; (unpack|write) it"):
+        list(iter_rows(path))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json.gz", "table.csv", "table.parquet", "corpus.txt"])
+def test_pointers_of_git_lfs_are_no_text(name, tmp_path):
+    path = tmp_path / name
+    path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n")
+    with pytest.raises(InputError, match=rf"{name}: a pointer of Git LFS, .*; fetch what it stands for: git lfs pull"):
         list(iter_rows(path))
 
 

@@ -6,7 +6,7 @@ The templates are small ones with the habits of known families; what is expected
 import copy
 import importlib.resources
 import json
-from datetime import date
+from datetime import date, datetime
 
 import pytest
 from datasets import Dataset
@@ -89,7 +89,23 @@ CLOSED = (
     + REST
     + PROMPT.replace("%s", "<think>\n\n</think>\n\n")
 )
-DATED = "{{ bos_token }}Today is {{ strftime_now('%d %b %Y') }}.\n" + CHATML.removeprefix("{{ bos_token }}")
+_BODY = CHATML.removeprefix("{{ bos_token }}")
+DATED = "{{ bos_token }}Today is {{ strftime_now('%d %b %Y') }}.\n" + _BODY
+# The same date by the ways that templates have of writing it: Llama 3.2, SmolLM3, and what a careful author may write.
+DATES = {
+    "literal": "{{ strftime_now('%d %b %Y') }}",
+    "date_string": (
+        "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+        '{%- set date_string = strftime_now("%d %b %Y") %}{%- else %}{%- set date_string = "26 Jul 2024" %}'
+        "{%- endif %}{%- endif %}{{ date_string }}"
+    ),
+    "variable": '{%- set today = strftime_now("%d %b %Y") -%}{{ today }}',
+    "format in a variable": "{%- set format = '%d %b' ~ ' %Y' -%}{{ strftime_now(format) }}",
+    "keyword": "{%- set format = '%d %b %Y' -%}{{ strftime_now(format=format) }}",
+    "quotes": "{{ strftime_now('%d' + \" %b %Y\") }}",
+    "function by another name": "{%- set now = strftime_now -%}{{ now('%d %b %Y') }}",
+    "macro": "{%- macro today(format) -%}{{ strftime_now(format) }}{%- endmacro -%}{{ today('%d %b %Y') }}",
+}
 
 
 def user(text):
@@ -391,6 +407,36 @@ def test_the_day_is_in_the_key_and_can_be_held(own):
     again = build_renderer(None, tokenizer, eve.day)
     assert again.fingerprint == eve.fingerprint
     assert again.render(ROUNDS).text == eve.render(ROUNDS).text
+
+
+@pytest.mark.parametrize("way", DATES)
+def test_the_day_is_held_however_a_template_comes_by_it(own, way):
+    tokenizer = own("{{ bos_token }}Today:" + DATES[way] + ".\n" + _BODY)
+    eve, day = (TokenizerRenderer(tokenizer, date(2030, 12, 31)), TokenizerRenderer(tokenizer, date(2031, 1, 1)))
+    assert eve.render(ROUNDS[:2]).text.startswith("<s>Today:31 Dec 2030.\n<|im_start|>")
+    assert day.render(ROUNDS[:2]).text.startswith("<s>Today:01 Jan 2031.\n<|im_start|>")
+    assert (eve.day, day.day) == ("2030-12-31", "2031-01-01")
+    assert eve.fingerprint != day.fingerprint
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["%d %B %Y", "%A, %-d %B %Y", "%y%m%d", "100%% of %H:%M", "%%d is %d", "%I:%M %p", "no directive"],
+)
+def test_a_held_day_is_written_as_strftime_writes_it(own, written):
+    held = TokenizerRenderer(own("\n  {{ strftime_now('" + written + "') }}\n" + _BODY), date(2030, 3, 5))
+    plain = own("\n  {{ '" + datetime(2030, 3, 5).strftime(written) + "' }}\n" + _BODY)
+    assert held.render(ROUNDS).text == TokenizerRenderer(plain).render(ROUNDS).text
+
+
+def test_a_date_that_only_conversations_with_tools_have_is_in_the_key(own):
+    tokenizer = own(
+        "{{ bos_token }}{% if tools %}{%- set d = strftime_now('%d %b %Y') -%}{{ d }}\n{% endif %}" + _BODY
+    )
+    eve, day = (TokenizerRenderer(tokenizer, date(2030, 12, 31)), TokenizerRenderer(tokenizer, date(2031, 1, 1)))
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+    assert eve.render(ROUNDS[:2], tools=[tool]).text.startswith("<s>31 Dec 2030\n")
+    assert eve.fingerprint != day.fingerprint
 
 
 def test_a_run_goes_on_with_the_day_on_which_it_was_begun(tmp_path):

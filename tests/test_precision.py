@@ -1,4 +1,4 @@
-"""--upcast_layernorm: norms compute in float32 inside a model of 16 bits."""
+"""--upcast_layernorm: norms compute in float32 inside a model of 16 bits; and other numbers that could get lost."""
 
 import copy
 from types import SimpleNamespace
@@ -8,10 +8,12 @@ import torch
 
 from stagewise.arguments import LoraArguments, ModelArguments, RunArguments, StageTrainingArguments, parse_arguments
 from stagewise.errors import InputError
+from stagewise.modeling.document_attention import enable_document_attention
 from stagewise.modeling.loading import load_causal_lm
-from stagewise.modeling.precision import multiply_in_float32, upcast_norms
+from stagewise.modeling.precision import keep_padding_off_zero, multiply_in_float32, upcast_norms
 from tests.architectures import tiny_model
 from tests.stages import LORA, losses, run_sft
+from tests.zoo import models as zoo
 
 
 def norms(model):
@@ -104,3 +106,27 @@ def test_a_score_is_multiplied_in_float32(dtype, autocast):
         score = head(torch.tensor([[256.0, 1.0]], dtype=dtype))
     assert score.dtype == torch.float32
     assert score.item() == 257.0
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager", "sdpa_by_document"])
+def test_padding_that_is_zero_leaves_the_gradients_alone(kernel):
+    """Gemma 3n takes a root of each token's square; the embedding of its padding is zero. The gradients are those
+    that another token in the place of the padding leaves, which no real token sees."""
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 0, 0]])
+    found = []
+    for padding in (0, 7):
+        model = zoo.tiny_model("gemma3n_text", vocab_size=600, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+        assert model.get_input_embeddings().weight[0].eq(0).all()
+        keep_padding_off_zero(model)
+        if kernel == "sdpa_by_document":
+            assert enable_document_attention(model)
+        else:
+            model.set_attn_implementation(kernel)
+        ids[:, 6:] = padding
+        logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits[0, :5], ids[0, 1:6]).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert len(found[0]) > 50
+    for name, gradient in found[0].items():
+        assert torch.allclose(gradient, found[1][name], rtol=1e-4, atol=1e-7), name

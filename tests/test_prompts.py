@@ -338,8 +338,8 @@ def test_a_prompt_that_is_too_long_stops_the_run_or_is_counted(chatml, tokenizer
     file, options = write(tmp_path / "rows.jsonl", *rows), PromptOptions(40)
     too_long = length_of([user("word " * 60)], chatml, tokenizer)
     message = (
-        rf"rows\.jsonl:4: {too_long} tokens, more than max_prompt_length 40; raise --max_prompt_length, or pass "
-        "--on_bad_row skip$"
+        rf"rows\.jsonl:4: {too_long} tokens, more than max_prompt_length 40; raise --max_prompt_length, or take "
+        "the rows that are too long out of the data, or pass --on_bad_row skip$"
     )
     with pytest.raises(InputError, match=message):
         load(file, chatml, tokenizer, tmp_path, options)

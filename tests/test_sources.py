@@ -492,6 +492,21 @@ def test_the_first_bad_row_stops_the_run_after_all_were_checked(tmp_path):
     )
 
 
+@pytest.mark.parametrize(("rows", "helps"), [(10, True), (9, False)])
+def test_skipping_is_advised_only_where_it_would_help(rows, helps, tmp_path):
+    """One row of ten may be bad, and no more."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("oops\n" + "".join(f"{json.dumps(qa(each))}\n" for each in range(rows - 1)))
+    with pytest.raises(InputError) as caught:
+        load(path, tmp_path)
+    assert ("--on_bad_row skip" in str(caught.value)) == helps
+    if helps:
+        assert len(load(path, tmp_path, on_bad_row="skip")[0]) == rows - 1
+        return
+    with pytest.raises(InputError, match="more than 10% are not skipped"):
+        load(path, tmp_path, on_bad_row="skip")
+
+
 def test_bad_rows_are_skipped_and_counted(tmp_path):
     path = bad_file(tmp_path)
     dataset, report = load(path, tmp_path, on_bad_row="skip")

@@ -48,6 +48,8 @@ _UNREADABLE = {
         "write it as Parquet: pyarrow.parquet.write_table(pyarrow.feather.read_table(FILE), OUT)",
     ),
     b"SQLite format 3\x00": ("an SQLite data base", "export its rows as CSV"),
+    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "unpack it with 7z x"),
+    b"version https://git-lfs": ("a pointer of Git LFS", "fetch what it stands for: git lfs pull"),
 }
 # Files that describe a data set and hold no rows of it: the hub's, datasets', LLaMA-Factory's.
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
@@ -173,12 +175,15 @@ class DataReport:
         if ends_file and self.unreadable is None:
             self.unreadable = f"{location}: {problem}"
 
-    def raise_if_unusable(self, on_bad_row: str) -> None:
-        """Raise InputError for any bad row ("error"); for a share above 10% or a file that breaks off ("skip")."""
+    def raise_if_unusable(self, on_bad_row: str, all_read: bool = True) -> None:
+        """Raise InputError for any bad row ("error"); for a share above 10% or a file that breaks off ("skip").
+
+        all_read: there are no rows to come, so that the share is known.
+        """
         if not self.rows_bad:
             return
         if on_bad_row == "error":
-            raise InputError(self._first_bad_message())
+            raise InputError(self._first_bad_message(all_read))
         if self.unreadable:
             raise InputError(
                 f"{self.unreadable}. Bad rows can be skipped, but here nobody knows how many are lost: mend the file"
@@ -186,12 +191,13 @@ class DataReport:
         if self.rows_bad > MAX_BAD_SHARE * self.rows_read:
             raise InputError(self._too_many_message())
 
-    def _first_bad_message(self) -> str:
+    def _first_bad_message(self, all_read: bool) -> str:
         more = self.rows_bad - 1
         others = f"{more} more bad {'row' if more == 1 else 'rows'}" if more else "no other row is bad"
         among = "the only row" if self.rows_read == 1 else f"{others} among the {self.rows_read} rows"
-        # what ends a file cannot be skipped
-        skip = "" if self.unreadable else ", or pass --on_bad_row skip to drop bad rows and count them"
+        # neither what ends a file nor too many rows can be skipped
+        no_skip = self.unreadable or (all_read and self.rows_bad > MAX_BAD_SHARE * self.rows_read)
+        skip = "" if no_skip else ", or pass --on_bad_row skip to drop bad rows and count them"
         return f"{self.first_bad[0]}; {among} read of data set '{self.dataset}'. Mend the file{skip}"
 
     def _too_many_message(self) -> str:
@@ -430,13 +436,13 @@ def _cannot_be_read(path: Path, error: OSError) -> InputError:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BufferedIOBase]:
-    """The bytes of a file, decompressed where its name ends with .gz or it begins as a gzip file does."""
+    """The bytes of a file, decompressed where it begins as a gzip file does; browsers unpack one and keep its name."""
     try:
         stream = path.open("rb")
     except OSError as error:
         raise _cannot_be_read(path, error) from None
     with stream:
-        if path.suffix.lower() != ".gz" and not stream.peek(len(_GZIP)).startswith(_GZIP):
+        if not stream.peek(len(_GZIP)).startswith(_GZIP):
             yield stream
         else:
             with gzip.GzipFile(fileobj=stream) as unpacked:

@@ -8,6 +8,7 @@ row; each of the others becomes a row of its own.
 
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
@@ -52,8 +53,10 @@ _TOOLS = [
     }
 ]
 
-# What templates write of the day. A format that is not a literal stays the day of the rendering.
-_TODAY = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])(?P<format>[^"']*)\1\s*\)""")
+
+# What strftime knows, and the ways of writing numbers without zeros: of the C libraries of Linux, of Windows.
+_DIRECTIVES = "aAbBcdDeFGHIjmMpRSTuUVwWxXyYzZ"
+_FLAGS = ("#",) if sys.platform == "win32" else ("-",)
 
 
 def special_tokens(tokenizer) -> tuple[str, ...]:
@@ -96,9 +99,9 @@ class TokenizerRenderer:
         self.eos: str | None = None  # the tokenizer has the EOS that its owner gave it
         self._specials = re.compile("|".join(map(re.escape, sorted(self.control_tokens, key=len)[::-1])))
         shipped = [tokenizer.get_chat_template(None, tools) for tools in (None, _TOOLS)]
-        today = datetime.combine(day or date.today(), time())
-        self._templates = [_on_day(text, today) for text in shipped]  # without and with tools
-        self.day = today.date().isoformat() if any("strftime_now" in text for text in shipped) else None
+        day = day or date.today()
+        self._templates = [_on_day(text, day) for text in shipped]  # without and with tools
+        self.day = day.isoformat() if self._templates != shipped else None
         self._changes: list[Callable[[dict], dict]] = []  # of messages, to what the template reads
         self._reasoned = ""  # what it writes between reasoning and answer
         try:
@@ -115,7 +118,7 @@ class TokenizerRenderer:
         self._closing = self._find_closing(text, self._text([*answered, _ASKED], None, False), _ANSWER)
         stops = [closing.stop for closing in (self._closing, self._call_closing) if closing]
         self.stop_tokens = tuple(dict.fromkeys([*stops, *filter(None, [self.tokenizer.eos_token])]))
-        # what is rendered is in the key, too: a format of the day that is no literal, for instance
+        # what is rendered is in the key, too
         self.fingerprint = json.dumps([*self._templates, self.tokenizer.special_tokens_map, prompt, text])
         ending = _PROMPT_END.search(prompt)
         self.opens_think = bool(ending and ending["open"])
@@ -347,9 +350,20 @@ def _check_calls(message: dict, answer: str, where: str) -> None:
             )
 
 
-def _on_day(template: str, day: datetime) -> str:
-    """The jinja text with the day's date in place of the calls that write today's."""
-    return _TODAY.sub(lambda found: json.dumps(day.strftime(found["format"])), template)
+def _on_day(template: str, day: date) -> str:
+    """The jinja text with a day of its own in place of today, if it asks for that.
+
+    transformers hands templates strftime_now and takes no other function from outside; a macro of that name comes
+    before it, however the template calls it. Times are those of midnight.
+    """
+    if "strftime_now" not in template:
+        return template
+    midnight = datetime.combine(day, time())
+    directives = [f"%{flag}{letter}" for flag in ("", *_FLAGS) for letter in _DIRECTIVES]
+    steps = [("%%", "\0"), *((each, midnight.strftime(each)) for each in directives), ("\0", "%")]
+    filters = "".join(f"|replace({json.dumps(old)}, {json.dumps(new)})" for old, new in steps)
+    # the last newline is one that trim_blocks takes off: what follows is at the beginning of a line, as before
+    return "{%- macro strftime_now(format) -%}{{ format" + filters + " }}{%- endmacro %}\n" + template
 
 
 def _after_reasoning(prompt: str, opener: str) -> str:

@@ -550,7 +550,7 @@ class _RecordStream(_BaseExamplesIterable):
             return True
         report.add_bad(checked["location"], checked["error"], checked["reason"], bool(checked["ends_file"]))
         if self.on_bad_row == "error" or checked["ends_file"] or report.rows_read >= _STREAM_CHECK_ROWS:
-            report.raise_if_unusable(self.on_bad_row)
+            report.raise_if_unusable(self.on_bad_row, all_read=False)
         logger.warning("bad row dropped: %s: %s", checked["location"], checked["error"])
         return False
 

@@ -571,7 +571,8 @@ def remedy(reason: str) -> str:
     if reason == QUESTION_TOO_LONG:
         return "raise --model_max_length, or pass --on_too_long drop, which leaves rows that are too long out"
     limits = {"max_prompt_length": "--max_prompt_length", "max_length": "--model_max_length"}
-    return next((f"raise {flag}" for name, flag in limits.items() if name in reason), "mend the row")
+    flag = next((flag for name, flag in limits.items() if name in reason), None)
+    return f"raise {flag}, or take the rows that are too long out of the data" if flag else "mend the row"
 
 
 def drop_unusable(dataset: Dataset, on_bad_row: str = "error", harmless: str | None = None) -> Dataset:
@@ -588,11 +589,13 @@ def drop_unusable(dataset: Dataset, on_bad_row: str = "error", harmless: str | N
     if not len(bad):
         return dataset
     fatal = [int(i) for i in bad if harmless is None or harmless not in reasons[int(i)].as_py()]
+    too_many = len(fatal) > MAX_BAD_SHARE * len(dataset)
     if fatal and on_bad_row != "skip":
         first, reason = dataset[fatal[0]]["location"], reasons[fatal[0]].as_py()
         more = f" ({len(fatal) - 1} more rows cannot be used)" if len(fatal) > 1 else ""
-        raise InputError(f"{first}: {reason}{more}; {remedy(reason)}, or pass --on_bad_row skip")
-    if len(fatal) > MAX_BAD_SHARE * len(dataset):
+        skip = "" if too_many else ", or pass --on_bad_row skip"
+        raise InputError(f"{first}: {reason}{more}; {remedy(reason)}{skip}")
+    if too_many:
         first, reason = dataset[fatal[0]]["location"], reasons[fatal[0]].as_py()
         raise InputError(
             f"{len(fatal)} of {len(dataset)} rows cannot be used, more than {MAX_BAD_SHARE:.0%}, so --on_bad_row skip "

@@ -5,6 +5,7 @@ converts them when it loads a model; here its conversions are made for one param
 """
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from stagewise.errors import InputError
+from stagewise.errors import InputError, first_line
 from stagewise.modeling.quantization import QuantizedTwin
 from stagewise.modeling.tensor_files import BLOCK_BYTES, Checkpoint, Writer
 
@@ -111,7 +112,7 @@ class BaseTensors:
             else:
                 shapes = {key: self.checkpoint.tensors[key].shape for key in group.keys}
                 empty = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-                group.shapes = {target: tuple(t.shape) for target, t in self._convert(name, group, empty).items()}
+                group.shapes = {target: tuple(t.shape) for target, t in self._joined(name, group, empty).items()}
             for target, shape in group.shapes.items():
                 self._check_shape(target, shape)
                 self.groups[target] = group
@@ -136,6 +137,17 @@ class BaseTensors:
             converter.add_tensor(name, key, pattern, tensors[key])
         made = converter.convert(name, model=_Shapes(self.model, self.shapes), config=self.model.config)
         return {target: value[0] if isinstance(value, list) else value for target, value in made.items()}
+
+    def _joined(self, name: str, group: Group, empty: dict[str, Tensor]) -> dict[str, Tensor]:
+        try:
+            return self._convert(name, group, empty)
+        except (RuntimeError, ValueError) as error:
+            counts = Counter(pattern for pattern in group.patterns if pattern is not None)
+            parts = ", ".join(f"{count} like {pattern}" for pattern, count in counts.items())
+            raise InputError(
+                f"{self.checkpoint.files[0].parent}: {name} cannot be made of the tensors there ({parts}; "
+                f"{first_line(error)}); the files are not whole: copy or download the model again"
+            ) from error
 
     def _find_aliases(self) -> dict[str, str]:
         tied = getattr(self.model, "all_tied_weights_keys", {})

@@ -29,6 +29,7 @@ from stagewise.modeling.rope_scaling import (
     max_positions,
 )
 from stagewise.modeling.untrusted import read_config
+from stagewise.modeling.weight_check import check_weights
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -102,6 +103,7 @@ def load_for_inference(
         if adapter_path:
             config = config if scores else adapted_config(config, adapter_path)
             check_adapter_on(flag, adapter_path, config, len(tokenizer), trust_remote_code)
+        check_weights(model_path, model_path, config, scores, scores and adapter_path is not None, trust_remote_code)
         auto_class = AutoModelForSequenceClassification if scores else generating_class(config)
         model = load_trained_base(
             auto_class, model_path, config, adapter_path, dtype, torch.device(device), trust_remote_code, allow_pickle

@@ -35,7 +35,7 @@ from stagewise.modeling.model_files import (
     require_all_weights,
 )
 from stagewise.modeling.multimodal import generating_class
-from stagewise.modeling.precision import multiply_in_float32, upcast_norms
+from stagewise.modeling.precision import keep_padding_off_zero, multiply_in_float32, upcast_norms
 from stagewise.modeling.quantization import Quantization, loading_options, settle_quantized
 from stagewise.modeling.rope_scaling import (
     check_rope,
@@ -48,6 +48,7 @@ from stagewise.modeling.rope_scaling import (
 from stagewise.modeling.sharded import is_sharded, shape_of, whole
 from stagewise.modeling.token_loss import install_token_loss
 from stagewise.modeling.untrusted import read_config, unpickling_failed
+from stagewise.modeling.weight_check import check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +143,7 @@ def load_causal_lm(
         name_passed_over("--model_name_or_path", args.model_name_or_path, model)
     _settle_positions(model, args)
     fit_embedding(model, tokenizer)
+    keep_padding_off_zero(model)
     router_loss = find_router_loss(model, args.router_aux_loss_coef)
     if token_loss and not install_token_loss(model, label_smoothing, router_loss):
         logger.warning(
@@ -174,10 +176,11 @@ def load_reference(
 
 
 def check_reference(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, other: str | None) -> None:
-    """Hold --ref_model_name_or_path against the policy, going by its configuration.
+    """Hold --ref_model_name_or_path against the policy, going by its configuration and the headers of its files.
 
     Raises:
-        InputError: it does not know all tokens of the policy, or its positions do not hold the policy's rows.
+        InputError: it does not know all tokens of the policy, its positions do not hold the policy's rows, or weights
+            are missing.
     """
     if other is None:
         return
@@ -194,6 +197,7 @@ def check_reference(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, ot
             f"--ref_model_name_or_path {other}: was made for {positions} positions, and rows have up to {rows} "
             "tokens; lower --model_max_length"
         )
+    check_weights(f"--ref_model_name_or_path {other}", other, config, trust_remote_code=args.trust_remote_code)
 
 
 def load_reward_model(

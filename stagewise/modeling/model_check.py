@@ -27,6 +27,7 @@ from stagewise.modeling.model_shape import adapter_base, empty_adapter, empty_mo
 from stagewise.modeling.rope_scaling import check_peft_path, check_rope
 from stagewise.modeling.s2_attention import enable_s2_attention
 from stagewise.modeling.sequence_parallel import check_shards
+from stagewise.modeling.weight_check import check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def check_model(
     _check_precision(model_args, config, args, trains_all=not lora_args.use_peft)  # of a kernel from the hub
     if packs:
         require_position_ids(model)
-    _check_sizes(model_args, config, model)
+    _check_sizes(model_args, config, model, scores)
     _check_options(model_args, model, scores)
     if args.sp_size > 1:
         check_shards(model, args.sp_size, model_args)
@@ -163,11 +164,18 @@ def _empty_model(
         raise InputError(f"--attn_implementation {model_args.kernel}: {first_line(error)}; leave it out") from error
 
 
-def _check_sizes(model_args: ModelArguments, config: PretrainedConfig, model: Any) -> None:
+def _check_sizes(model_args: ModelArguments, config: PretrainedConfig, model: Any, scores: bool) -> None:
     """The headers of the weights against the configuration beside them."""
     folder = Path(model_args.model_name_or_path or "").expanduser()
-    if not model_args.model_name_or_path or not folder.is_dir() or getattr(config, "quantization_config", None):
+    if not model_args.model_name_or_path or not folder.is_dir():
         return
+    if not getattr(config, "quantization_config", None):
+        _check_plain_sizes(folder, config, model)
+    draws_head = scores and not is_reward_model(str(folder))
+    check_weights(f"--model_name_or_path {folder}", folder, config, scores, draws_head, model_args.trust_remote_code)
+
+
+def _check_plain_sizes(folder: Path, config: PretrainedConfig, model: Any) -> None:
     vocabulary = config.get_text_config().vocab_size
     saved = weight_shapes("--model_name_or_path", folder)
     for name, parameter in model.named_parameters():

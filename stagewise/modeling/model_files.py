@@ -4,13 +4,14 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from stagewise.errors import InputError
+from stagewise.modeling.packed_files import check_packed
 from stagewise.modeling.untrusted import check_adapter_settings, check_links, check_shard_names, refuse_pickle
 
 logger = logging.getLogger(__name__)
@@ -89,14 +90,18 @@ def check_model_files(flag: str, name: str, takes_adapter: bool = False, allow_p
         runs = sorted(path.name for path in folder.glob("checkpoint-*"))
         inside = f" (inside there is {runs[-1]}, of a run that has not ended)" if runs else ""
         raise InputError(f"{flag} {name}: no {CONFIG} there, so it is no model{inside}; give the folder of one")
-    check_config_file(flag, folder / CONFIG)
-    _check_weights(flag, folder, allow_pickle)
+    quantized = check_config_file(flag, folder / CONFIG).get("quantization_config")
+    files = _check_weights(flag, folder, allow_pickle)
+    if isinstance(quantized, dict) and (quantized.get("load_in_4bit") or quantized.get("load_in_8bit")):
+        check_packed(flag, files)
 
 
-def check_config_file(flag: str, path: Path) -> None:
-    """Raises InputError unless `path` is a configuration that says which architecture it is of."""
-    if not read_json(flag, path).get("model_type"):
+def check_config_file(flag: str, path: Path) -> dict:
+    """What it says. Raises InputError unless `path` is a configuration that says which architecture it is of."""
+    config = read_json(flag, path)
+    if not config.get("model_type"):
         raise InputError(f"{flag} {path}: names no model_type, so its architecture is unknown; restore the file")
+    return config
 
 
 def check_tokenizer_files(flag: str, name: str) -> None:
@@ -150,7 +155,8 @@ def tensor_shapes(flag: str, path: Path) -> Shapes:
         raise InputError(f"{flag} {path}: is cut off or damaged ({error}); {advice}") from None
 
 
-def _check_weights(flag: str, folder: Path, allow_pickle: bool) -> None:
+def _check_weights(flag: str, folder: Path, allow_pickle: bool) -> list[Path]:
+    """The files that are .safetensors."""
     found = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if found is None:
         raise InputError(
@@ -158,14 +164,15 @@ def _check_weights(flag: str, folder: Path, allow_pickle: bool) -> None:
             "weights are trained with --config_name)"
         )
     if found.suffix == ".json":
-        _check_shards(flag, found, allow_pickle)
-        return
+        return _check_shards(flag, found, allow_pickle)
     refuse_pickle(f"{flag} {folder}", [found.name], allow_pickle)
-    if found.suffix == ".safetensors":
-        tensor_shapes(flag, found)
+    if found.suffix != ".safetensors":
+        return []
+    tensor_shapes(flag, found)
+    return [found]
 
 
-def _check_shards(flag: str, index: Path, allow_pickle: bool) -> None:
+def _check_shards(flag: str, index: Path, allow_pickle: bool) -> list[Path]:
     shards = read_json(flag, index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise InputError(f"{flag} {index}: has no weight_map, so no shard is known; copy it anew")
@@ -183,6 +190,7 @@ def _check_shards(flag: str, index: Path, allow_pickle: bool) -> None:
             raise InputError(
                 f"{flag} {path}: lacks {missing[0]}, which {index.name} says is there; copy both anew from one place"
             )
+    return [index.parent / shard for shard in sorted(set(shards.values())) if shard.endswith(".safetensors")]
 
 
 # What programs write in front of the names of weights, and how the model itself is saved there.
@@ -211,17 +219,38 @@ def require_all_weights(what: str, model: Any, found: Mapping[str, Any], draws_h
         InputError: parameters are missing; they would be random.
     """
     parameters = {name for name, _ in model.named_parameters()}
-    new, old = (SCORE_HEADS, _HEADS) if draws_head else ((), ())
-    missing = {name for name in found["missing_keys"] if name in parameters and name.split(".")[0] not in new}
-    unexpected = {name for name in found["unexpected_keys"] if name.split(".")[0] not in old}
-    if not missing:
-        buffers = found["missing_keys"] - parameters
-        for problem, names in (("has no place for", unexpected), ("should find there, and starts anew", buffers)):
-            if names:
-                logger.warning("%s: %d tensors that the model %s: %s", what, len(names), problem, _few(names))
-        return
+    body = model.base_model_prefix if draws_head else None
+    missing, unexpected = refuse_missing(what, parameters, found["missing_keys"], found["unexpected_keys"], body)
+    buffers = missing - parameters
+    for problem, names in (("has no place for", unexpected), ("should find there, and starts anew", buffers)):
+        if names:
+            logger.warning("%s: %d tensors that the model %s: %s", what, len(names), problem, _few(names))
+
+
+def refuse_missing(
+    what: str, parameters: Set[str], missing: Collection[str], unexpected: Collection[str], body: str | None = None
+) -> tuple[set[str], set[str]]:
+    """The same rule on names alone, wherever they come from.
+
+    Args:
+        parameters: all of the model.
+        missing: its tensors that no file has. unexpected: those of the files that it has no place for.
+        body: what the modules below the score head are in, where that head is new on purpose.
+
+    Returns:
+        What is left of both: neither a head that is to be drawn, nor the one that it takes the place of.
+
+    Raises:
+        InputError: as require_all_weights.
+    """
+    new, old = (SCORE_HEADS, _HEADS) if body is not None else ((), ())
+    missing = {name for name in missing if name.split(".")[0] not in new}
+    unexpected = {name for name in unexpected if name.split(".")[0] not in old}
+    lost = missing & parameters
+    if not lost:
+        return missing, unexpected
     prefix = next((p for p in _WRAPPERS if any(name.startswith(p) or f".{p}" in name for name in unexpected)), None)
-    if draws_head and not any(name.startswith(f"{model.base_model_prefix}.") for name in missing):
+    if body is not None and not any(name.startswith(f"{body}.") for name in lost):
         advice = (
             "a reward model of this architecture has new layers beside its score, which an adapter would not hold; "
         )
@@ -234,8 +263,7 @@ def require_all_weights(what: str, model: Any, found: Mapping[str, Any], draws_h
     else:
         advice = "the files are not whole; copy or download the model again"
     raise InputError(
-        f"{what}: {len(missing)} of {len(parameters)} weights are missing, and would be random: {_few(missing)}; "
-        + advice
+        f"{what}: {len(lost)} of {len(parameters)} weights are missing, and would be random: {_few(lost)}; " + advice
     )
 
 

@@ -1,4 +1,4 @@
-"""Single modules in float32 inside a model of 16 bits."""
+"""Numbers that do not get lost: single modules in float32 inside a model of 16 bits, derivatives that are finite."""
 
 import functools
 import logging
@@ -52,6 +52,21 @@ def upcast_norms(model: nn.Module) -> int:
             count += 1
     logger.info("--upcast_layernorm: %d norms are in float32 now", count)
     return count
+
+
+def keep_padding_off_zero(model: nn.Module) -> None:
+    """Gemma 3n only: let its last norm not be taken of zeros, where the derivative of a root is infinite.
+
+    A padding token that sees no other one (in packed rows, in S2-Attn's groups) is zero from the embedding on, where
+    that has zeros for it. Its gradient, which is zero as well, would make all others NaN.
+    """
+    for module in model.modules():
+        if hasattr(module, "altup_unembed_projections"):
+            module.layers[-1].register_forward_hook(_off_zero)
+
+
+def _off_zero(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+    return torch.where((output == 0).all(-1, keepdim=True), 1.0, output)
 
 
 def _input_in_own_dtype(module: nn.Module, inputs: tuple) -> tuple:

@@ -25,6 +25,7 @@ from stagewise.modeling.model_shape import adapter_base
 from stagewise.modeling.quantization import TrainedBase, quantization_of
 from stagewise.modeling.rope_scaling import config_of_adapter, max_positions
 from stagewise.modeling.untrusted import check_named_base, read_config
+from stagewise.modeling.weight_check import check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -178,6 +179,7 @@ def _check_base(path: str, policy: str, length: int, allow_pickle: bool) -> None
             f"--reward_model_path {path}: was made for {positions} positions, and a prompt with its answer may have "
             f"{length} tokens; lower --max_prompt_length or --max_new_tokens"
         )
+    check_weights(f"--reward_model_path {path}: its base {base}", base, config, scores=True, draws_head=is_adapter)
 
 
 def load_reward_function(spec: str, tokenizer) -> RewardFunction:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from stagewise.errors import InputError
 from stagewise.modeling.base_tensors import BaseTensors, Group, owners, row_blocks
+from stagewise.modeling.model_files import refuse_missing
 from stagewise.modeling.quantization import QuantizedTwin
 from stagewise.modeling.tensor_files import Layout, Writer
 
@@ -118,12 +119,20 @@ class StreamedMerge:
         return self.tensors.twin
 
     def _check_complete(self) -> None:
-        for name, (part, attribute) in self._part_of.items():
-            if self.tensors.holds(name) or attribute in part.given or part.trained is not None:
-                continue
+        folder = self.tensors.checkpoint.files[0].parent
+        missing = [
+            name
+            for name, (part, attribute) in self._part_of.items()
+            if not (self.tensors.holds(name) or attribute in part.given or part.trained is not None)
+        ]
+        parameters = {
+            name for name, (part, attribute) in self._part_of.items() if attribute in part.module._parameters
+        }
+        body = self.model.base_model_prefix if self.model.get_output_embeddings() is None else None
+        refuse_missing(f"--base_model {folder}", parameters, missing, self.tensors.unknown, body)
+        if missing:  # buffers
             raise InputError(
-                f"{self.tensors.checkpoint.files[0].parent}: lacks {name}, and the adapter does not bring it; give "
-                "the base that it was trained on"
+                f"--base_model {folder}: lacks {missing[0]}; give the base that the adapter was trained on"
             )
 
     def _find_untied(self) -> set[str]:

@@ -42,6 +42,7 @@ from stagewise.modeling.streamed_merge import (
 )
 from stagewise.modeling.tensor_files import Layout, Writer, open_checkpoint, split_layout
 from stagewise.modeling.untrusted import read_config, unpickling_failed
+from stagewise.modeling.weight_check import check_packed_sizes
 from stagewise.run import lineage
 from stagewise.run.own_files import LIST, add_to_list, check_replaceable, clear
 from stagewise.run.preflight import check_apart
@@ -196,6 +197,7 @@ def open_merge(
     seen_dtype = None if seen in (None, "auto") or saved else named_dtype(seen)
     parts = parts_of(model)
     tensors = BaseTensors(model, checkpoint, twin, seen_dtype, config.dtype or torch.float32)
+    check_packed_sizes(f"--base_model {base_model}", tensors)
     peft_model = saved_adapter(model, "--lora_model", lora_model)
     check_fits(f"--lora_model {lora_model}", lora_model, peft_model)
     try:
