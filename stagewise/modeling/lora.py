@@ -439,7 +439,7 @@ def _train_in_float32(peft_model: nn.Module) -> None:
 
 
 def _holds_embedding(model: PreTrainedModel, saved: list[str] | None) -> bool:
-    return not set(embedding_names(model)).isdisjoint(saved or ())
+    return not set(embedding_names(model)).isdisjoint(name.rpartition(".")[-1] for name in saved or ())
 
 
 def embedding_names(model: PreTrainedModel) -> list[str]:
