@@ -387,11 +387,13 @@ class StageTrainingArguments(TrainingArguments):
     sp_size: how many processes share a row, as --parallelism_config says.
     precision_note: in what precision products are that was not asked for, and how to choose another; else None.
     said_greater_is_better: whether --greater_is_better was given; the parent guesses by the figure's name.
+    said_metric: whether --metric_for_best_model was given; the parent falls back on the loss.
     """
 
     sp_size: int = field(default=1, init=False)
     precision_note: str | None = field(default=None, init=False)
     said_greater_is_better: bool = field(default=False, init=False)
+    said_metric: bool = field(default=False, init=False)
 
     # None until __post_init__, to tell "not given" from False; bool afterwards, as in the parent.
     do_train: bool | None = _option(None, "Train; with neither --do_train nor --do_eval given, both are on.")  # type: ignore[assignment]
@@ -424,6 +426,7 @@ class StageTrainingArguments(TrainingArguments):
         self._settle_precision()
         self._check_precision_of_deepspeed()
         self.said_greater_is_better = self.greater_is_better is not None  # type: ignore[has-type]
+        self.said_metric = self.metric_for_best_model is not None  # type: ignore[has-type]
         super().__post_init__()
         if not self.use_cpu and self.tf32 is not False:
             # transformers' --tf32 uses a newer interface alone, and what compiles kernels still reads this one

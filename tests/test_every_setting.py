@@ -154,7 +154,7 @@ def test_figures_are_those_that_evaluations_give(stage, start):
 @pytest.mark.parametrize("stage", ALL)
 def test_a_figure_that_nobody_makes_is_refused_at_once(stage, start, tmp_path):
     flags = ("--eval_strategy", "steps", "--eval_steps", "1", "--metric_for_best_model")
-    for name in ("bleu", "eval_f1", "rows_loss"):
+    for name in ("bleu", "eval_f1", "rows_loss", *(["loss", "eval_loss"] if stage == "ppo" else [])):
         with pytest.raises(InputError, match=f"--metric_for_best_model {name}: .*{list(FIGURES[stage])[0]}"):
             start(stage, *flags, name)
     assert not (tmp_path / "out").exists()

@@ -258,6 +258,12 @@ OTHERS = [
     case(INFERENCE, "--input_file @chats.jsonl", "--input_file", "--output_file", "go together"),
     case(INFERENCE, "--input_file ./nowhere.jsonl --output_file o.jsonl", "--input_file", "nowhere.jsonl", "no such"),
     case(INFERENCE, "--input_file @chats.jsonl --output_file @chats.jsonl", "--output_file", "is also --input_file"),
+    case(
+        INFERENCE,
+        "--input_file @chats.jsonl --output_file @wide_adapter/o.jsonl --lora_model @wide_adapter",
+        "--output_file",
+        "lies in what --lora_model reads",
+    ),
     case(INFERENCE, "--score", "--score", "--input_file"),
     case(INFERENCE, "--score --input_file @chats.jsonl --output_file o.jsonl", "--score", "no reward model"),
     case(INFERENCE, "--model_name_or_path @reward_model --prompt a", "is a reward model", "--score"),

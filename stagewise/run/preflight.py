@@ -158,6 +158,12 @@ def check_inference(args: Namespace) -> None:
         check_device("--device", args.device)
     if args.input_file:
         _check_files(Path(args.input_file), Path(args.output_file))
+        read = {"--model_name_or_path": model, "--lora_model": adapter, "--tokenizer_path": args.tokenizer_path}
+        for flag, name in read.items():
+            if name and Path(name).is_dir() and Path(args.output_file).resolve().is_relative_to(Path(name).resolve()):
+                raise InputError(
+                    f"--output_file {args.output_file}: lies in what {flag} reads ({name}); choose another folder"
+                )
 
 
 def _check_files(source: Path, target: Path) -> None:

@@ -42,7 +42,8 @@ def check_settings(stage: str, args: TrainingArguments, datasets: Sequence[str],
     figures, name = FIGURES[stage], (args.metric_for_best_model or "").removeprefix("eval_")
     # a checkpoint that is known to be the best is not deleted
     compares = stops_early or ((args.save_total_limit or 0) > 1 and args.eval_strategy != "no")
-    if (compares and not name) or (stage == "ppo" and name == "loss"):  # "loss" is what the Trainer falls back on
+    # where nothing is said the Trainer falls back on the loss, which PPO's evaluations do not have
+    if (compares or name) and not (args.said_metric or name in figures):
         name = next(iter(figures))
     if not name:
         return
