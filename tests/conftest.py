@@ -15,6 +15,7 @@ from hypothesis import settings
 ROOT = Path(__file__).resolve().parents[1]
 # The longest files begin first, or one of them would run on alone when the others are done.
 LONGEST = (
+    "test_real_model.py",
     "test_shell.py", "test_launchers.py", "test_engines_on_real_vocabularies.py", "test_kills.py",
     "test_distributed.py", "test_waiting.py", "test_machines.py", "test_streaming.py", "test_multitask_training.py",
     "test_ppo.py",

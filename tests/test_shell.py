@@ -74,6 +74,17 @@ def test_the_pipeline_leaves_its_report(workspace):
     assert (root / "pt" / "training_loss.png").stat().st_size > 5000
 
 
+def pretend(folder: Path, commands: dict[str, str]) -> None:
+    """`folder` with run_sft.sh, and commands in its bin that stand in for others."""
+    for name in ("run_common.sh", "run_sft.sh"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "setup_environment.sh").write_text('install_requirements() { echo "install $1"; }\n')
+    (folder / "bin").mkdir()
+    for name, body in commands.items():
+        (folder / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / "bin" / name).chmod(0o755)
+
+
 @pytest.mark.parametrize(
     ("env", "gpu", "settings"),
     [
@@ -86,18 +97,24 @@ def test_the_pipeline_leaves_its_report(workspace):
 )
 def test_what_a_real_model_is_started_with(env, gpu, settings, tmp_path):
     """Commands that stand in for python and the driver's tool say what run_sft.sh would have done."""
-    for name in ("run_common.sh", "run_sft.sh"):
-        shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "setup_environment.sh").write_text("install_requirements() { :; }\n")
-    commands = {"python": 'echo "$PYTORCH_ALLOC_CONF | $*"', "nvidia-smi": f"exit {0 if gpu else 1}"}
-    (tmp_path / "bin").mkdir()
-    for name, body in commands.items():
-        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
+    pretend(tmp_path, {"python": 'echo "$PYTORCH_ALLOC_CONF | $*"', "nvidia-smi": f"exit {0 if gpu else 1}"})
     clean = {"PYTORCH_ALLOC_CONF": "", "PYTORCH_CUDA_ALLOC_CONF": "", "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
     said = check(run("bash run_sft.sh --packing False", tmp_path, **(clean | env))).splitlines()[-1]
     assert said.startswith(f"{settings} | supervised_finetuning.py")
     assert re.findall(r"--packing (\w+)", said) == ["True", "False"]  # the last one counts
+
+
+def test_the_small_real_model_is_fetched_once(tmp_path):
+    """Commands that stand in for python and the driver's tool; the second start finds the folder."""
+    pretend(tmp_path, {"python": 'echo "$*"', "nvidia-smi": "exit 1"})
+    env = {"MODEL": "smollm2", "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    install, fetch, train = check(run("bash run_sft.sh | grep -v requirements.txt", tmp_path, **env)).splitlines()
+    assert install == "install requirements-gguf.txt"
+    assert fetch == "examples/get_real_model.py --output_dir outputs/smollm2"
+    assert train.startswith("supervised_finetuning.py --model_name_or_path outputs/smollm2 --train_file_dir")
+    (tmp_path / "outputs" / "smollm2").mkdir(parents=True)
+    (tmp_path / "outputs" / "smollm2" / "config.json").write_text("{}")
+    assert check(run("bash run_sft.sh | grep -v requirements.txt", tmp_path, **env)).splitlines() == [train]
 
 
 def test_one_variable_starts_torchrun(workspace):
