@@ -30,7 +30,8 @@ run on a GPU: kernels that exist there alone (`mamba_ssm`, FlashAttention) are n
 | Column | A cell says "works" where |
 |---|---|
 | LoRA all | SFT with `--target_modules all` runs |
-| merge | the merged model, read by plain transformers, is base + adapter, read by plain peft |
+| merge | the merged model, read by plain transformers, is base + adapter, read by plain peft; \
+it has every tensor of the base, and towers of images or sounds are as they were |
 | full | SFT of all weights runs |
 | stops | plain `generate()` on its result ends by itself |
 | packed | the loss of packed rows is that of the same rows alone |
