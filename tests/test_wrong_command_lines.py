@@ -260,9 +260,9 @@ OTHERS = [
     case(INFERENCE, "--input_file @chats.jsonl --output_file @chats.jsonl", "--output_file", "is also --input_file"),
     case(
         INFERENCE,
-        "--input_file @chats.jsonl --output_file @wide_adapter/o.jsonl --lora_model @wide_adapter",
+        "--input_file @chats.jsonl --output_file @wide_adapter/adapter_config.json --lora_model @wide_adapter",
         "--output_file",
-        "lies in what --lora_model reads",
+        "may be a file of what --lora_model reads",
     ),
     case(INFERENCE, "--score", "--score", "--input_file"),
     case(INFERENCE, "--score --input_file @chats.jsonl --output_file o.jsonl", "--score", "no reward model"),

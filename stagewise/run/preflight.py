@@ -159,10 +159,13 @@ def check_inference(args: Namespace) -> None:
     if args.input_file:
         _check_files(Path(args.input_file), Path(args.output_file))
         read = {"--model_name_or_path": model, "--lora_model": adapter, "--tokenizer_path": args.tokenizer_path}
+        target = Path(args.output_file).resolve()
         for flag, name in read.items():
-            if name and Path(name).is_dir() and Path(args.output_file).resolve().is_relative_to(Path(name).resolve()):
+            # answers may lie beside a model, whose own files have other endings
+            if name and target.suffix != ".jsonl" and target.is_relative_to(Path(name).resolve()):
                 raise InputError(
-                    f"--output_file {args.output_file}: lies in what {flag} reads ({name}); choose another folder"
+                    f"--output_file {args.output_file}: may be a file of what {flag} reads ({name}); choose another "
+                    "folder, or a name that ends with .jsonl"
                 )
 
 
