@@ -17,7 +17,8 @@ from transformers import (
 import merge_peft_adapter
 import supervised_finetuning
 from stagewise.arguments import LoraArguments
-from stagewise.modeling.lora import attach_adapter
+from stagewise.modeling.experts import every_pass_trains_all
+from stagewise.modeling.lora import attach_adapter, expert_parameters
 from stagewise.modeling.model_shape import read_shape
 from stagewise.modeling.multimodal import beside_language
 from stagewise.modeling.quantization import quantized_layers
@@ -108,6 +109,7 @@ def test_what_is_trained_is_what_text_comes_through(name, how):
     assert any(any(tower in path for tower in towers) for path in beside_language(model))
     settings = LoraArguments(lora_rank=2, lora_dropout=0.0, use_peft=how == "an adapter")
     model = attach_adapter(model, settings)
+    assert every_pass_trains_all(model) == (not expert_parameters(model))
     trained = {path: parameter for path, parameter in model.named_parameters() if parameter.requires_grad}
     assert not [path for path in trained if any(tower in path for tower in towers)]
     model(input_ids=torch.arange(5, 37)[None]).logits.sum().backward()

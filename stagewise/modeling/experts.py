@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stagewise.errors import InputError
+from stagewise.modeling.multimodal import beside_language
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,13 @@ def find_router_loss(model: PreTrainedModel, coefficient: float | None) -> Route
 def every_pass_trains_all(model: nn.Module) -> bool:
     """Whether each backward pass reaches everything that is trained, as DistributedDataParallel needs to know.
 
-    It does not where tokens are sent to some experts, or layers are left out at random (OPT's layerdrop). Of what rows
-    of text do not come through nothing is trained (see stagewise.modeling.multimodal).
+    It does not where tokens are sent to some experts, or layers are left out at random (OPT's layerdrop), or where a
+    model reads images as well and it is not known which part of it does (what is known is not trained).
     """
     trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
     has_experts = any("expert" in name for name in trained)
-    return not has_experts and not getattr(model.config, "layerdrop", 0)
+    reads_text = model.config.get_text_config() is model.config or beside_language(model)
+    return not has_experts and not getattr(model.config, "layerdrop", 0) and bool(reads_text)
 
 
 def gather_experts_together(model: nn.Module) -> None:
