@@ -162,6 +162,10 @@ class ActorCritic(nn.Module):
         nn.init.zeros_(self.value_head.bias)
         self.share_adapters()
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Where text comes in, under the name that models of transformers have for it."""
+        return self.base.get_input_embeddings()
+
     def _state_width(self) -> int:
         """Of the decoder's last hidden states: what the head reads, which in OPT-350m is not hidden_size."""
         if self._chunked:
